@@ -1,0 +1,300 @@
+"""What a prepared data set consists of: records, the index of recordings, and the manifest (NumPy only).
+
+A data set is a folder:
+
+    manifest.json                             what it is and holds; written last: without it there is no data set
+    train-00000-of-00002.array_record         records, each a piece of one recording
+    train-00000-of-00002.recordings.jsonl     the shard's index: one recording a line, in the order of its records
+
+A **record** is a contiguous piece of one recording. A recording's pieces stand one behind the other in one shard, do
+not overlap, and are `record_length` samples long but for the last. Windows are index arithmetic over them
+(`harmonic.data`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from harmonic.errors import UserError
+
+FORMAT = 1
+SPLITS = ("train", "validation", "test")
+MANIFEST_NAME = "manifest.json"
+_MAGIC = b"HRN1"
+_PREFIX = struct.Struct("<4sI")  # magic, bytes of the JSON header
+_CHECKSUM = struct.Struct("<I")  # CRC-32 of everything before it
+_DTYPES = {"uint8": np.dtype("<u1"), "uint16": np.dtype("<u2")}
+
+
+class RecordError(ValueError):
+    """A record's bytes are damaged or not a record."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A piece of a recording.
+
+    Attributes:
+      recording: the recording's id, unique in its data set (its path below the source's root).
+      offset: where the piece starts in the recording, in samples.
+      recording_length: the recording's length, in samples.
+      tokens: [length, channels], uint8 or uint16.
+      label: what the source says of the recording (the digit, for SC09), or None.
+    """
+
+    recording: str
+    offset: int
+    recording_length: int
+    tokens: np.ndarray
+    label: str | None = None
+
+
+def encode_record(record: Record) -> bytes:
+    """The bytes of a record: magic, header length, JSON header, tokens (little-endian), CRC-32."""
+    length, channels = record.tokens.shape
+    header = json.dumps(
+        {
+            "recording": record.recording,
+            "offset": record.offset,
+            "length": length,
+            "channels": channels,
+            "recording_length": record.recording_length,
+            "dtype": record.tokens.dtype.name,
+            "label": record.label,
+        },
+        sort_keys=True,
+        separators=(",", ":"),
+    ).encode()
+    tokens = np.ascontiguousarray(record.tokens, _DTYPES[record.tokens.dtype.name]).tobytes()
+    body = _PREFIX.pack(_MAGIC, len(header)) + header + tokens
+    return body + _CHECKSUM.pack(zlib.crc32(body))
+
+
+def decode_record(data: bytes) -> Record:
+    """The record that `encode_record` wrote.
+
+    Raises:
+      RecordError: the bytes are not a record, are cut short, or do not match their checksum.
+    """
+    if len(data) < _PREFIX.size + _CHECKSUM.size or data[:4] != _MAGIC:
+        raise RecordError("not a HarmonicRNN record")
+    (checksum,) = _CHECKSUM.unpack_from(data, len(data) - _CHECKSUM.size)
+    if zlib.crc32(memoryview(data)[: -_CHECKSUM.size]) != checksum:
+        raise RecordError("the record does not match its checksum")
+    _, header_length = _PREFIX.unpack_from(data)
+    start, stop = _PREFIX.size + header_length, len(data) - _CHECKSUM.size
+    try:
+        header = json.loads(data[_PREFIX.size : start])
+        dtype = _DTYPES[header["dtype"]]
+        shape = (int(header["length"]), int(header["channels"]))
+        tokens = np.frombuffer(memoryview(data)[start:stop], dtype).reshape(shape)
+        return Record(
+            recording=str(header["recording"]),
+            offset=int(header["offset"]),
+            recording_length=int(header["recording_length"]),
+            tokens=tokens,
+            label=None if header["label"] is None else str(header["label"]),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecordError(f"the record's header does not describe its {stop - start} bytes: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """One line of a shard's index.
+
+    Attributes:
+      id: as in `Record.recording`.
+      length: samples.
+      records: how many records hold it.
+      label: as in `Record.label`.
+      low, high: minimum and maximum of the waveform after mixing and resampling; what quantisation scaled to [-1, 1].
+      source_rate: the source file's sample rate, in Hz.
+    """
+
+    id: str
+    length: int
+    records: int
+    label: str | None
+    low: float
+    high: float
+    source_rate: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A shard file of a split, with its index beside it. Checksums are SHA-256 in hexadecimal."""
+
+    file: str
+    bytes: int
+    sha256: str
+    index_file: str
+    index_bytes: int
+    index_sha256: str
+    records: int
+    recordings: int
+    windows: int
+    samples: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A split's totals, and its shards in order."""
+
+    recordings: int
+    windows: int
+    samples: int
+    shards: tuple[Shard, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """A recording that could not be read, and why."""
+
+    recording: str
+    split: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a data set is and what it holds.
+
+    Attributes:
+      dataset: its name.
+      source: where it came from, as given (`hub`, a path or URL, `synth`).
+      fingerprint: SHA-256 over what the source held; equal sources, equal fingerprints.
+      sample_rate: Hz.
+      encoding, num_levels, token_dtype, channels: what a token is.
+      window_length: samples of the data set's usual training window; `windows` are counted with it.
+      record_length: the longest piece in a record, in samples.
+      splits: by name, each of `SPLITS`.
+      skipped: recordings that could not be read.
+    """
+
+    dataset: str
+    source: str
+    fingerprint: str
+    sample_rate: int
+    encoding: str
+    num_levels: int
+    token_dtype: str
+    channels: int
+    window_length: int
+    record_length: int
+    splits: dict[str, Split]
+    skipped: tuple[Skipped, ...] = ()
+
+    def to_json(self) -> str:
+        """The text of manifest.json: the same manifest always gives the same text."""
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Reads `to_json`'s text.
+
+        Raises:
+          ValueError: not the JSON of a manifest, of another format, or with values that cannot be.
+        """
+        raw = json.loads(text)
+        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+            raise ValueError(f"not a manifest of format {FORMAT}")
+        splits = _field(raw, "splits", dict)
+        manifest = cls(
+            **{f.name: _field(raw, f.name, _TYPES[str(f.type)]) for f in dataclasses.fields(cls)[:10]},
+            splits={name: _split(splits, name) for name in splits},
+            skipped=tuple(_row(Skipped, row) for row in _field(raw, "skipped", list)),
+        )
+        if set(manifest.splits) != set(SPLITS):
+            raise ValueError(f"splits are {sorted(manifest.splits)}, not {sorted(SPLITS)}")
+        return manifest
+
+
+def count_windows(length: int, window_length: int) -> int:
+    """How many windows cut a recording of `length` samples, the last one perhaps short."""
+    return -(-length // window_length)
+
+
+def load_manifest(folder: str | os.PathLike[str]) -> Manifest:
+    """Reads a data set's manifest.
+
+    Raises:
+      UserError: there is no whole data set in `folder`.
+    """
+    path = Path(folder) / MANIFEST_NAME
+    try:
+        return Manifest.from_json(path.read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} is missing: no data set stands in {folder}; make one with "
+            f"python -m pipelines.prepare --dataset {Path(folder).name} --output_dir {Path(folder).parent}"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}); remove the folder and prepare the data set again") from error
+
+
+def read_index(folder: str | os.PathLike[str], shard: Shard) -> Iterator[Recording]:
+    """The recordings of a shard, in the order of their records.
+
+    Raises:
+      UserError: the index is missing or damaged.
+    """
+    path = Path(folder) / shard.index_file
+    try:
+        data = path.read_bytes()
+        if len(data) != shard.index_bytes:
+            raise ValueError(f"{len(data)} bytes instead of {shard.index_bytes}")
+        rows = [_row(Recording, json.loads(line)) for line in data.splitlines()]
+        if len(rows) != shard.recordings or sum(row.records for row in rows) != shard.records:
+            raise ValueError("it does not match the manifest")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is missing or damaged ({error}); prepare the data set again") from error
+    yield from rows
+
+
+def index_line(recording: Recording) -> bytes:
+    """A recording's line in the index."""
+    return json.dumps(dataclasses.asdict(recording), separators=(",", ":")).encode() + b"\n"
+
+
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "str": str,
+    "int": int,
+    "float": (int, float),
+    "str | None": (str, type(None)),
+}
+
+
+def _field(raw: Any, name: str, kind: type | tuple[type, ...]) -> Any:
+    if not isinstance(raw, dict) or name not in raw:
+        raise ValueError(f"{name} is missing")
+    value = raw[name]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r:.60}")
+    if isinstance(value, int) and value < 0:
+        raise ValueError(f"{name} is {value}, below zero")
+    return value
+
+
+def _row(cls: type, raw: Any) -> Any:
+    return cls(**{f.name: _field(raw, f.name, _TYPES[str(f.type)]) for f in dataclasses.fields(cls)})
+
+
+def _split(splits: dict[str, Any], name: str) -> Split:
+    raw = splits[name]
+    shards = tuple(_row(Shard, row) for row in _field(raw, "shards", list))
+    for shard in shards:
+        for file in (shard.file, shard.index_file):
+            if os.path.basename(file) != file or file in ("", ".", ".."):
+                raise ValueError(f"{file!r} is not a plain file name")
+    totals = {key: _field(raw, key, int) for key in ("recordings", "windows", "samples")}
+    return Split(**totals, shards=shards)
