@@ -1,0 +1,1 @@
+"""Configurations: each module's `get_config()` returns a `harmonic.config.Config`."""

@@ -57,9 +57,9 @@ def encode(
     _check_encoding(encoding)
     dtype = token_dtype(num_levels)
     x = np.asarray(waveform, np.float32)
-    low = np.float32(x.min() if low is None else low)
-    high = np.float32(x.max() if high is None else high)
-    unit = (x - low) / (high - low + np.float32(1e-6))
+    lowest = np.float32(x.min() if low is None else low)
+    highest = np.float32(x.max() if high is None else high)
+    unit = (x - lowest) / (highest - lowest + np.float32(1e-6))
     if encoding == "mu_law":
         mu = np.float32(num_levels - 1)
         scaled = np.float32(-1) + np.float32(2) * unit

@@ -32,7 +32,7 @@ MANIFEST_NAME = "manifest.json"
 _MAGIC = b"HRN1"
 _PREFIX = struct.Struct("<4sI")  # magic, bytes of the JSON header
 _CHECKSUM = struct.Struct("<I")  # CRC-32 of everything before it
-_DTYPES = {"uint8": np.dtype("<u1"), "uint16": np.dtype("<u2")}
+_DTYPES: dict[str, np.dtype[Any]] = {"uint8": np.dtype("<u1"), "uint16": np.dtype("<u2")}
 
 
 class RecordError(ValueError):

@@ -1,0 +1,422 @@
+"""Configuration: frozen nested dataclasses, checked when they are made, overridden by dotted path.
+
+    config = override(load_config("sc09"), ["train.steps=200", "model.pool_groups=4"])
+
+Every refusal is a `UserError` that names the field, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import json
+import math
+import sys
+import types
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from harmonic.errors import UserError
+
+T = TypeVar("T")
+
+
+def _check(ok: bool, field: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise UserError(f"{field}={value!r} is impossible: it must be {allowed}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The network. Defaults are the paper's baseline (7,272,704 parameters).
+
+    Attributes:
+      width: features of the residual stream.
+      state_width: real numbers in a CG-LRU state: half as many complex channels.
+      pool_factors: pooling factors from the outermost level to the innermost; () for none.
+      blocks_per_level: temporal blocks (each with its MLP block) down and again up a level, and within the innermost;
+        one number for all, or one a level, from the outermost to the innermost.
+      pool_groups: feature groups of the pooling convolutions: `width` is diagonal, 1 is dense.
+      gate_blocks: blocks of the block-diagonal gates.
+      embedding: how tokens enter: sinusoidal (fixed), linear (scaled to [-1, 1) and projected) or learned (a table).
+      embedding_dropout: probability that a feature of the embedding is dropped (the paper tries it on the table).
+      dropout: probability that a feature of a residual branch is dropped.
+    """
+
+    width: int = 128
+    state_width: int = 256
+    pool_factors: tuple[int, ...] = (2, 4, 4, 5)
+    blocks_per_level: int | tuple[int, ...] = 4
+    pool_groups: int = 128
+    gate_blocks: int = 32
+    embedding: Literal["sinusoidal", "linear", "learned"] = "sinusoidal"
+    embedding_dropout: float = 0.0
+    dropout: float = 0.2
+
+    def __post_init__(self) -> None:
+        w, s = self.width, self.state_width
+        _check(w >= 2 and w % 2 == 0, "model.width", w, "an even number from 2 on")
+        _check(s >= 2 and s % 2 == 0, "model.state_width", s, "an even number from 2 on")
+        _check(all(f >= 2 for f in self.pool_factors), "model.pool_factors", self.pool_factors, "factors from 2 on")
+        levels = len(self.pool_factors) + 1
+        blocks = self.blocks_per_level
+        _check(
+            isinstance(blocks, int) or len(blocks) == levels,
+            "model.blocks_per_level",
+            blocks,
+            f"one number, or {levels} (one for each level of pool_factors={self.pool_factors}, and the innermost)",
+        )
+        _check(min(self.level_blocks) >= 1, "model.blocks_per_level", blocks, "at least 1")
+        groups = self.pool_groups
+        _check(groups >= 1 and w % groups == 0, "model.pool_groups", groups, f"a divisor of model.width={w}")
+        gates = self.gate_blocks
+        _check(gates >= 1 and (s // 2) % gates == 0, "model.gate_blocks", gates, f"a divisor of state_width/2={s // 2}")
+        for name in ("dropout", "embedding_dropout"):
+            p = getattr(self, name)
+            _check(0 <= p < 1, f"model.{name}", p, "at least 0 and below 1")
+
+    @property
+    def level_blocks(self) -> tuple[int, ...]:
+        """`blocks_per_level`, one number a level."""
+        blocks = self.blocks_per_level
+        return (blocks,) * (len(self.pool_factors) + 1) if isinstance(blocks, int) else blocks
+
+    @property
+    def pooling_product(self) -> int:
+        """Samples to one step of the innermost level."""
+        return math.prod(self.pool_factors)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is prepared and read.
+
+    Attributes:
+      dataset: name of the prepared data set (a folder of the data folder).
+      encoding: mu_law or linear.
+      num_levels: levels of a token; 256 is 8 bits.
+      window_length: samples of a training window.
+      crop_length: use only the first that many samples of each recording; 0 uses all.
+      threads: reader threads.
+      prefetch: batches read ahead.
+    """
+
+    dataset: str = "demo"
+    encoding: Literal["mu_law", "linear"] = "mu_law"
+    num_levels: int = 256
+    window_length: int = 16_000
+    crop_length: int = 0
+    threads: int = 4
+    prefetch: int = 4
+
+    def __post_init__(self) -> None:
+        _check(bool(self.dataset) and "/" not in self.dataset, "data.dataset", self.dataset, "a folder's plain name")
+        _check(2 <= self.num_levels <= 65_536, "data.num_levels", self.num_levels, "between 2 and 65536")
+        _check(self.window_length >= 1, "data.window_length", self.window_length, "at least 1 sample")
+        _check(self.crop_length >= 0, "data.crop_length", self.crop_length, "at least 0 (0: whole recordings)")
+        _check(self.threads >= 1, "data.threads", self.threads, "at least 1")
+        _check(self.prefetch >= 1, "data.prefetch", self.prefetch, "at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The recipe. Defaults are the paper's but for `steps`, which depends on the data set.
+
+    Attributes:
+      steps: optimiser steps.
+      global_batch_size: windows a step, over all devices.
+      learning_rate: AdamW's, reached after `warmup_steps` and constant from there.
+      warmup_steps: steps of linear warm-up.
+      weight_decay, beta1, beta2: AdamW's.
+      clip_norm: the gradient (of bits per sample) is scaled down to this norm.
+      skip_norm: an update is skipped when the loss is not finite or the norm is not below this.
+      ema_decay: of the average of the weights that is evaluated and sampled; 0 takes the raw weights.
+      ema_debias: weigh the average by the updates made so far, so that the initial weights do not stay in it: for
+        short runs.
+      segment_length: samples held in memory at once, a multiple of the pooling product; 0 takes whole windows.
+      log_every, validate_every, checkpoint_every: steps between; 0 for none but at the end.
+      validation_recordings: recordings of the validation split that are looked at; 0 for all.
+    """
+
+    steps: int = 100_000
+    global_batch_size: int = 32
+    learning_rate: float = 0.002
+    warmup_steps: int = 1_000
+    weight_decay: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.999
+    clip_norm: float = 200.0
+    skip_norm: float = 1_000.0
+    ema_decay: float = 0.999
+    ema_debias: bool = False
+    segment_length: int = 0
+    log_every: int = 10
+    validate_every: int = 1_000
+    checkpoint_every: int = 1_000
+    validation_recordings: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch_size"):
+            _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
+        for name in ("learning_rate", "clip_norm", "skip_norm"):
+            value = getattr(self, name)
+            _check(math.isfinite(value) and value > 0, f"train.{name}", value, "above 0")
+        for name in ("beta1", "beta2", "ema_decay"):
+            _check(0 <= getattr(self, name) < 1, f"train.{name}", getattr(self, name), "at least 0 and below 1")
+        for name in (
+            "warmup_steps",
+            "weight_decay",
+            "segment_length",
+            "log_every",
+            "validate_every",
+            "checkpoint_every",
+            "validation_recordings",
+        ):
+            _check(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """Evaluation over whole splits, the state carried from segment to segment.
+
+    Attributes:
+      batch_size: recordings side by side.
+      segment_length: samples at a time; rounded up to a multiple of the pooling product.
+    """
+
+    batch_size: int = 16
+    segment_length: int = 16_000
+
+    def __post_init__(self) -> None:
+        _check(self.batch_size >= 1, "evaluate.batch_size", self.batch_size, "at least 1")
+        _check(self.segment_length >= 1, "evaluate.segment_length", self.segment_length, "at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """What full_run generates, and the defaults of workflows.generate.
+
+    Attributes:
+      num_samples: clips generated side by side.
+      seconds: length of each.
+      temperature: logits are divided by it; 1 samples the model itself.
+      top_p: sample from the smallest set of tokens that holds this probability; 1 for all.
+      num_continuations: recordings of the test split that are continued, in full_run.
+      prompt_seconds: how much of each is given.
+    """
+
+    num_samples: int = 8
+    seconds: float = 1.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    num_continuations: int = 4
+    prompt_seconds: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check(self.num_samples >= 1, "generate.num_samples", self.num_samples, "at least 1")
+        _check(0 < self.seconds < math.inf, "generate.seconds", self.seconds, "above 0")
+        _check(0 < self.temperature < math.inf, "generate.temperature", self.temperature, "above 0")
+        _check(0 < self.top_p <= 1, "generate.top_p", self.top_p, "above 0 and at most 1")
+        _check(self.num_continuations >= 0, "generate.num_continuations", self.num_continuations, "at least 0")
+        _check(0 < self.prompt_seconds < math.inf, "generate.prompt_seconds", self.prompt_seconds, "above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How devices are laid out: `data` groups of windows times `seq` shards of each sequence."""
+
+    data: int = 1
+    seq: int = 1
+
+    def __post_init__(self) -> None:
+        _check(self.data >= 1, "mesh.data", self.data, "at least 1")
+        _check(self.seq >= 1, "mesh.seq", self.seq, "at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    name: str = "run"
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    generate: GenerateConfig = GenerateConfig()
+    mesh: MeshConfig = MeshConfig()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(bool(self.name) and "/" not in self.name, "name", self.name, "a plain name")
+        _check(0 <= self.seed < 2**31, "seed", self.seed, "between 0 and 2**31 - 1")
+        batch, data = self.train.global_batch_size, self.mesh.data
+        _check(batch % data == 0, "train.global_batch_size", batch, f"a multiple of mesh.data={data}")
+        multiple = self.model.pooling_product * self.mesh.seq
+        segment = self.train.segment_length
+        _check(
+            segment % multiple == 0,
+            "train.segment_length",
+            segment,
+            f"a multiple of {multiple} (the pooling product {self.model.pooling_product} x mesh.seq={self.mesh.seq}), "
+            f"such as {-(-max(segment, 1) // multiple) * multiple}, or 0 for whole windows",
+        )
+
+    @property
+    def training_length(self) -> int:
+        """Samples of a window that training uses: `window_length`, or `crop_length` where that is shorter."""
+        return min(self.data.window_length, self.data.crop_length or self.data.window_length)
+
+    @property
+    def segments(self) -> tuple[int, int]:
+        """(number, length) of the segments that a training window is padded to and cut into."""
+        multiple = self.model.pooling_product * self.mesh.seq
+        length = self.train.segment_length or -(-self.training_length // multiple) * multiple
+        return -(-self.training_length // length), length
+
+    def to_json(self) -> str:
+        """The text of a run's config.json."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def from_dict(raw: object) -> Config:
+    """The config of a nested dictionary (as JSON gives it); fields that are not given keep their defaults."""
+    return _build(Config, raw, "")
+
+
+def _build(cls: type[T], raw: object, prefix: str) -> T:
+    if not isinstance(raw, dict):
+        raise UserError(f"{prefix.rstrip('.') or 'the config'} must be an object with named fields, got {raw!r:.60}")
+    hints = typing.get_type_hints(cls)
+    for name in raw:
+        if name not in hints:
+            raise UserError(_unknown(f"{prefix}{name}", hints, prefix))
+    values = {}
+    for name, value in raw.items():
+        if dataclasses.is_dataclass(hints[name]):
+            values[name] = _build(typing.cast(type, hints[name]), value, f"{prefix}{name}.")
+        else:
+            values[name] = _coerce(hints[name], value, f"{prefix}{name}")
+    return cls(**values)
+
+
+def _unknown(path: str, fields: Iterable[str], prefix: str) -> str:
+    names = [prefix + name for name in fields]
+    close = difflib.get_close_matches(path, names, 1)
+    return f"unknown config field {path!r}; " + (f"did you mean {close[0]}?" if close else f"use {', '.join(names)}")
+
+
+def _coerce(kind: Any, value: object, path: str) -> Any:
+    """`value` as the annotated type, or a UserError that says what is allowed."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        for option in args:
+            try:
+                return _coerce(option, value, path)
+            except UserError:
+                continue
+    elif origin is Literal and value in args:
+        return value
+    elif origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_coerce(args[0], item, path) for item in value)
+    elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif kind in (int, str, bool) and type(value) is kind:
+        return value
+    raise UserError(f"{path}={value!r} is not allowed: it must be {_describe(kind)}")
+
+
+def _describe(kind: Any) -> str:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        return " or ".join(_describe(option) for option in args)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin is tuple:
+        return "a list of whole numbers such as 2,4,4,5"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return names[kind]
+
+
+def override(config: Config, assignments: Iterable[str]) -> Config:
+    """A config with `section.field=value` assignments applied, all together, then checked.
+
+    Values are read as Python or JSON literals (`200`, `0.1`, `true`, `2,4,4`, `()`), else as text.
+    """
+    raw = dataclasses.asdict(config)
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise UserError(f"--set={assignment} has no value; write --set=section.field=value")
+        *sections, name = path.strip().split(".")
+        node, prefix = raw, ""
+        for section in sections:
+            if not isinstance(node.get(section), dict):
+                raise UserError(_unknown(f"{prefix}{section}", node, prefix))
+            node, prefix = node[section], f"{prefix}{section}."
+        if name not in node or isinstance(node[name], dict):
+            raise UserError(_unknown(f"{prefix}{name}", node, prefix))
+        was_tuple = isinstance(node[name], tuple)
+        value = _literal(text.strip(), as_text=isinstance(node[name], str))
+        node[name] = (value,) if was_tuple and isinstance(value, int) and name != "blocks_per_level" else value
+    return from_dict(raw)
+
+
+def _literal(text: str, *, as_text: bool) -> object:
+    if as_text:
+        return text
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def load_config(name: str) -> Config:
+    """The config of a name in `configs`, a Python file with `get_config()`, or a saved config.json.
+
+    Raises:
+      UserError: there is none, or it does not give a Config.
+    """
+    path = Path(name)
+    if path.suffix == ".json":
+        try:
+            return from_dict(json.loads(path.read_text()))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"cannot read the config {name}: {error}") from error
+    if path.suffix == ".py":
+        if not path.is_file():
+            raise UserError(f"the config {name} does not exist; give a name such as demo, or a path to a .py or .json")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        if spec is None or spec.loader is None:
+            raise UserError(f"the config {name} cannot be loaded as a Python file")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        dotted = name.replace("/", ".")
+        try:
+            module = importlib.import_module(f"configs.{dotted}")
+        except ModuleNotFoundError as error:
+            if not f"configs.{dotted}".startswith(error.name or "?"):
+                raise
+            raise UserError(f"unknown config {name!r}; use {', '.join(config_names())}, or a path") from error
+    if not callable(getattr(module, "get_config", None)):
+        raise UserError(f"the config {name} has no get_config() function")
+    config = module.get_config()
+    if not isinstance(config, Config):
+        raise UserError(f"get_config() of {name} returned {type(config).__name__}, not a harmonic.config.Config")
+    return config
+
+
+def config_names() -> list[str]:
+    """The names that `load_config` knows."""
+    module = importlib.import_module("configs")
+    sys.modules.setdefault("configs", module)
+    root = Path(next(iter(module.__path__)))
+    paths = sorted(p.relative_to(root).with_suffix("") for p in root.rglob("*.py") if p.stem != "__init__")
+    return [path.as_posix() for path in paths]

@@ -1,0 +1,278 @@
+"""From a prepared data set to batches: Grain over ArrayRecord files.
+
+    dataset = Dataset("data/sc09")
+    batches = train_batches(dataset, config)                 # an iterator: {"tokens", "length", "row"}
+    for batch in evaluation_batches(dataset, "test", ...):   # recordings in order, streamed in segments
+
+Windows are index arithmetic over the records of a recording; only the records that a window touches are read.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import grain
+import numpy as np
+
+from harmonic.config import Config
+from harmonic.errors import UserError
+from harmonic.records import Manifest, RecordError, Recording, Shard, decode_record, load_manifest, read_index
+
+
+class Split:
+    """The recordings of one split, at random access.
+
+    Attributes:
+      recordings: their index entries, in the order of the shards.
+      lengths: [recordings] int64, in samples.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, name: str):
+        self.folder, self.manifest, self.name = folder, manifest, name
+        shards = manifest.splits[name].shards
+        self.recordings: list[Recording] = []
+        for shard in shards:
+            _check_size(folder, shard)
+            self.recordings += read_index(folder, shard)
+        if not self.recordings:
+            raise UserError(f"{folder} has no recordings in its {name} split; prepare the data set again")
+        self.lengths = np.array([r.length for r in self.recordings], np.int64)
+        records = np.array([r.records for r in self.recordings], np.int64)
+        self._first_record = np.concatenate([[0], np.cumsum(records)])
+        self._shard_ends = list(np.cumsum([shard.records for shard in shards]))
+        self._shards = shards
+        paths = [str(folder / shard.file) for shard in shards]
+        try:
+            self._source = grain.sources.ArrayRecordDataSource(paths)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise UserError(f"a shard of {folder} cannot be opened ({error}); prepare the data set again") from error
+        if len(self._source) != self._first_record[-1]:
+            raise UserError(
+                f"the {name} shards in {folder} hold {len(self._source)} records, not the {self._first_record[-1]} of "
+                "the manifest; prepare the data set again"
+            )
+
+    def read(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Tokens [length, channels] of samples start .. stop of a recording (all of it by default).
+
+        Raises:
+          UserError: a record is damaged.
+        """
+        recording, piece = self.recordings[index], self.manifest.record_length
+        stop = recording.length if stop is None else min(stop, recording.length)
+        numbers = range(start // piece, -(-stop // piece)) if stop > start else range(0)
+        records = self._source.__getitems__([int(self._first_record[index]) + n for n in numbers]) if numbers else []
+        parts = []
+        for number, data in zip(numbers, records, strict=True):
+            try:
+                record = decode_record(data)
+                if (record.recording, record.offset) != (recording.id, number * piece):
+                    raise RecordError(f"it holds {record.recording} from {record.offset}")
+                expected = min(piece, recording.length - number * piece)
+                if len(record.tokens) != expected:
+                    raise RecordError(f"it holds {len(record.tokens)} samples, not {expected}")
+            except RecordError as error:
+                raise UserError(
+                    f"{self._shard_of(index).file} in {self.folder} is damaged at recording {recording.id}, sample "
+                    f"{number * piece} ({error}); prepare the data set again"
+                ) from error
+            parts.append(record.tokens[max(0, start - number * piece) : stop - number * piece])
+        if not parts:
+            return np.zeros((0, self.manifest.channels), self.manifest.token_dtype)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _shard_of(self, index: int) -> Shard:
+        return self._shards[bisect.bisect_right(self._shard_ends, self._first_record[index])]
+
+
+class Dataset:
+    """A prepared data set.
+
+    Raises:
+      UserError: there is no whole data set in `folder`, or a shard is not as the manifest says.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.manifest = load_manifest(folder)
+        self._splits: dict[str, Split] = {}
+
+    def split(self, name: str) -> Split:
+        """`train`, `validation` or `test`."""
+        if name not in self.manifest.splits:
+            raise UserError(f"unknown split {name!r}; use one of {', '.join(self.manifest.splits)}")
+        if name not in self._splits:
+            self._splits[name] = Split(self.folder, self.manifest, name)
+        return self._splits[name]
+
+    def check(self, config: Config) -> None:
+        """Refuses a config that reads other tokens than the data set holds."""
+        for name, ours in (("encoding", config.data.encoding), ("num_levels", config.data.num_levels)):
+            theirs = getattr(self.manifest, name)
+            if ours != theirs:
+                raise UserError(
+                    f"{self.folder} was prepared with {name}={theirs}, but the config says data.{name}={ours}; "
+                    f"use --set=data.{name}={theirs}, or prepare the data set again"
+                )
+
+
+def _check_size(folder: Path, shard: Shard) -> None:
+    path = folder / shard.file
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path} is missing ({error.strerror}); prepare the data set again") from error
+    if size != shard.bytes:
+        raise UserError(f"{path} has {size} bytes, not the {shard.bytes} of the manifest; prepare the data set again")
+
+
+class Windows(grain.sources.RandomAccessDataSource):
+    """A split cut into windows, each padded with zeros to `padded` samples.
+
+    Args:
+      split: what to read.
+      window: samples of a window; a recording's last one may be shorter.
+      crop: use only the first that many samples of each recording; 0 for all.
+      padded: length of what is returned; at least the longest window.
+
+    Items are {"tokens": [padded, channels], "length": int32}.
+    """
+
+    def __init__(self, split: Split, window: int, *, crop: int = 0, padded: int | None = None):
+        self._split, self.window = split, window
+        self.lengths = np.minimum(split.lengths, crop) if crop else split.lengths
+        self._ends = np.cumsum(-(-self.lengths // window))
+        self.padded = padded or int(min(window, self.lengths.max()))
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+        recording, start, stop = self.locate(index)
+        tokens = self._split.read(recording, start, stop)
+        return {"tokens": _pad(tokens, self.padded), "length": np.int32(len(tokens))}
+
+    def locate(self, index: SupportsIndex) -> tuple[int, int, int]:
+        """(recording, start, stop) of a window."""
+        index = int(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        recording = int(np.searchsorted(self._ends, index, side="right"))
+        first = self._ends[recording - 1] if recording else 0
+        start = (index - int(first)) * self.window
+        return recording, start, min(start + self.window, int(self.lengths[recording]))
+
+    def __repr__(self) -> str:
+        # Grain tells data sources apart by this: a resumed iterator must find the same one.
+        return f"Windows({self._split.name}, {self._split.manifest.fingerprint}, {self.window}, {self.padded})"
+
+
+def _pad(tokens: np.ndarray, length: int) -> np.ndarray:
+    return np.pad(tokens, ((0, length - len(tokens)), (0, 0)))
+
+
+def train_batches(dataset: Dataset, config: Config, *, shard: tuple[int, int] = (0, 1)) -> grain.DatasetIterator:
+    """An endless, shuffled iterator over training batches; every epoch has its own order, set by `config.seed`.
+
+    Args:
+      dataset: prepared with the config's encoding.
+      config: its window and crop lengths, segments, batch size and seed.
+      shard: (i, n): read only rows i, i + n, ... of each global batch. The n shards together read what one reads.
+
+    Returns:
+      Batches {"tokens": [batch / n, segments * segment_length, channels], "length": [batch / n] int32, "row":
+      [batch / n] int32, the row in the global batch}. Its `get_state()` is a small dictionary that any number of
+      shards and threads can `set_state()`.
+
+    Raises:
+      UserError: a batch that the shards do not divide.
+    """
+    dataset.check(config)
+    index, count = shard
+    batch = config.train.global_batch_size
+    if batch % count:
+        raise UserError(f"train.global_batch_size={batch} cannot be divided among {count} shards of the data axis")
+    segments, length = config.segments
+    windows = Windows(
+        dataset.split("train"), config.data.window_length, crop=config.data.crop_length, padded=segments * length
+    )
+    rows = np.arange(index, batch, count, dtype=np.int32)
+    # Batched before it becomes an iterator: the order is then the same for any number of threads, and repeated before
+    # it is sliced: shards would otherwise run out at different times.
+    batches = (
+        grain.MapDataset.source(windows)
+        .seed(config.seed)
+        .shuffle()
+        .repeat()[index::count]
+        .batch(batch // count, drop_remainder=True)
+        .map(lambda b: {**b, "row": rows})
+    )
+    options = grain.ReadOptions(num_threads=config.data.threads, prefetch_buffer_size=config.data.prefetch)
+    return iter(batches.to_iter_dataset(options))
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationBatch:
+    """Rows that are evaluated side by side.
+
+    Attributes:
+      lengths: [batch] int32 samples of each row; 0 for rows that only fill the batch.
+      segments: yields tokens [batch, segment_length, channels] from the start to the end of the longest row.
+    """
+
+    lengths: np.ndarray
+    segments: Iterator[np.ndarray]
+
+
+def evaluation_batches(
+    split: Split,
+    *,
+    batch_size: int,
+    segment_length: int,
+    crop_length: int = 0,
+    reset_every: int = 0,
+    limit: int = 0,
+) -> Iterator[EvaluationBatch]:
+    """A split, every sample once: recordings longest first, so that rows of a batch end together.
+
+    Args:
+      split: what to read.
+      batch_size: rows side by side; the last batch is filled up with rows of length zero.
+      segment_length: samples that are in memory at once.
+      crop_length: look only at the first that many samples of each recording; 0 for all.
+      reset_every: cut recordings into rows of that many samples, each with no past; 0 keeps recordings whole.
+      limit: look only at that many recordings, spread over the split; 0 for all.
+    """
+    chosen = np.arange(len(split.recordings))
+    if limit and limit < len(chosen):
+        chosen = chosen[np.linspace(0, len(chosen) - 1, limit).round().astype(int)]
+    rows = []
+    for recording in chosen:
+        length = int(split.lengths[recording])
+        length = min(length, crop_length) if crop_length else length
+        step = reset_every or max(length, 1)
+        rows += [(int(recording), start, min(start + step, length)) for start in range(0, length, step)]
+    rows.sort(key=lambda row: (row[1] - row[2], row))
+    for first in range(0, len(rows), batch_size):
+        batch = rows[first : first + batch_size]
+        lengths = np.zeros(batch_size, np.int32)
+        lengths[: len(batch)] = [stop - start for _, start, stop in batch]
+        yield EvaluationBatch(lengths, _segments(split, batch, batch_size, segment_length))
+
+
+def _segments(
+    split: Split, rows: list[tuple[int, int, int]], batch_size: int, segment_length: int
+) -> Iterator[np.ndarray]:
+    longest = max(stop - start for _, start, stop in rows)
+    shape = (batch_size, segment_length, split.manifest.channels)
+    for offset in range(0, longest, segment_length):
+        tokens = np.zeros(shape, split.manifest.token_dtype)
+        for i, (recording, start, stop) in enumerate(rows):
+            if start + offset < stop:
+                piece = split.read(recording, start + offset, min(start + offset + segment_length, stop))
+                tokens[i, : len(piece)] = piece
+        yield tokens

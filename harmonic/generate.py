@@ -1,0 +1,140 @@
+"""Generation, sample by sample, in memory that does not grow with the length.
+
+    for chunk in generate(model, params, batch=4, length=16_000 * 60, seed=1):
+        play(decode(chunk.tokens[0], "mu_law"))
+
+A stream's samples depend on the weights, the seed and its number alone: not on the batch nor on the chunks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from harmonic.errors import UserError
+from harmonic.models import HarmonicRNN, State
+
+_PREFILL = 16_000  # samples of a prompt that are run through the parallel forward at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """A piece of audio as it comes.
+
+    Attributes:
+      tokens: [batch, time, channels].
+      nats: [batch] negative log-likelihood of the piece under the model at temperature 1.
+    """
+
+    tokens: np.ndarray
+    nats: np.ndarray
+
+
+@functools.lru_cache(maxsize=8)
+def _prefill_function(model: HarmonicRNN) -> Callable[..., State]:
+    return jax.jit(lambda params, tokens, state: model.apply(params, {"tokens": tokens}, state)[1])
+
+
+@functools.lru_cache(maxsize=8)
+def _force_function(model: HarmonicRNN) -> Callable[..., State]:
+    @jax.jit
+    def force(params, tokens, state):
+        def body(state, token):
+            _, state = model.step(params, {}, state)
+            return model.observe(state, token), None
+
+        params = model.unstack(params)
+        return jax.lax.scan(body, state, tokens.swapaxes(0, 1))[0]
+
+    return force
+
+
+def prefill(model: HarmonicRNN, params: Any, tokens: np.ndarray | jax.Array, state: State) -> State:
+    """The state after tokens [batch, time, channels]: whole pooling products in parallel, the rest by steps.
+
+    `state` must be at a pooling boundary.
+    """
+    whole = tokens.shape[1] // model.multiple * model.multiple
+    piece = max(_PREFILL // model.multiple, 1) * model.multiple
+    for start in range(0, whole, piece):
+        state = _prefill_function(model)(params, tokens[:, start : min(start + piece, whole)], state)
+    if whole < tokens.shape[1]:
+        state = _force_function(model)(params, jnp.asarray(tokens[:, whole:], jnp.int32), state)
+    return state
+
+
+@functools.lru_cache(maxsize=8)
+def _chunk_function(model: HarmonicRNN, size: int, temperature: float, top_p: float) -> Callable[..., Any]:
+    @jax.jit
+    def run(params, state: State, keys: jax.Array, first: jax.Array, steps: jax.Array):
+        """`steps` <= `size` samples from position `first`."""
+        params = model.unstack(params)
+        batch = state.last.shape[0]
+        dtype = jnp.uint8 if model.num_levels <= 256 else jnp.uint16
+
+        def body(i, carry):
+            state, tokens, nats = carry
+            outputs, state = model.step(params, {}, state)
+            uniform = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, first + i), (model.channels,)))(keys)
+            token = model.sample(outputs, uniform, temperature=temperature, top_p=top_p)
+            nats = nats - model.log_prob(outputs, token[:, None])[:, 0]
+            tokens = jax.lax.dynamic_update_index_in_dim(tokens, token.astype(dtype), i, 0)
+            return model.observe(state, token), tokens, nats
+
+        empty = jnp.zeros((size, batch, model.channels), dtype)
+        return jax.lax.fori_loop(0, steps, body, (state, empty, jnp.zeros(batch)))
+
+    return run
+
+
+def generate(
+    model: HarmonicRNN,
+    params: Any,
+    *,
+    batch: int,
+    length: int,
+    seed: int = 0,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    prompt: np.ndarray | None = None,
+    chunk: int = 4_000,
+) -> Iterator[Chunk]:
+    """Generates `batch` streams side by side, handed out in chunks while they are made.
+
+    Args:
+      model, params: what is sampled.
+      length: samples to generate, after the prompt.
+      seed: of the whole call; stream i of any batch is the same.
+      temperature: logits are divided by it.
+      top_p: sample from the smallest set of tokens that holds this probability.
+      prompt: tokens [time, channels] that all streams continue, or [batch, time, channels].
+      chunk: samples a chunk.
+
+    Raises:
+      UserError: a batch, length, temperature or top_p that cannot be.
+    """
+    for name, value, ok in (
+        ("batch", batch, batch >= 1),
+        ("length", length, length >= 1),
+        ("temperature", temperature, 0 < temperature < float("inf")),
+        ("top_p", top_p, 0 < top_p <= 1),
+    ):
+        if not ok:
+            allowed = {"temperature": "above 0", "top_p": "above 0 and at most 1"}.get(name, "at least 1")
+            raise UserError(f"{name}={value} is impossible: it must be {allowed}")
+    state = model.init_state(batch)
+    if prompt is not None and prompt.shape[-2]:
+        prompt = np.broadcast_to(prompt, (batch, *prompt.shape[-2:]))
+        state = prefill(model, params, prompt, state)
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(batch))
+    run = _chunk_function(model, min(chunk, length), float(temperature), float(top_p))
+    for first in range(0, length, chunk):
+        steps = min(chunk, length - first)
+        state, tokens, nats = run(params, state, keys, np.int32(first), np.int32(steps))
+        yield Chunk(np.asarray(tokens)[:steps].swapaxes(0, 1), np.asarray(nats))

@@ -1,0 +1,64 @@
+"""What the shards of a sequence tell one another.
+
+All functions run inside `jax.shard_map`, where `axis` names the mesh axis that the sequence is cut over; with `axis`
+None, or of size one, they move nothing. What is differentiated is the *sum over devices* of each device's own loss, so
+the transpose of a sum over devices is that sum again: use them under `check_vma=False`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from harmonic.kernels.reference import Pair, add, multiply
+
+
+def broadcast_last(x: jax.Array, axis: str | None) -> jax.Array:
+    """The last shard's `x`, on every shard."""
+    if axis is None or jax.lax.axis_size(axis) == 1:
+        return x
+    last = jax.lax.axis_index(axis) == jax.lax.axis_size(axis) - 1
+    return jax.lax.psum(jnp.where(last, x, jnp.zeros_like(x)), axis)
+
+
+def left_halo(tail: jax.Array, carry: jax.Array, axis: str | None) -> tuple[jax.Array, jax.Array]:
+    """Hands each shard's `tail` to its right neighbour.
+
+    Args:
+      tail: the end of this shard's piece.
+      carry: what stands before the first shard's piece, the same on every shard.
+
+    Returns:
+      (what stands before this shard's piece, the last shard's tail: the next segment's `carry`).
+    """
+    if axis is None or jax.lax.axis_size(axis) == 1:
+        return carry, tail
+    size = jax.lax.axis_size(axis)
+    arrived = jax.lax.ppermute(tail, axis, [(i, i + 1) for i in range(size - 1)])
+    return jnp.where(jax.lax.axis_index(axis) == 0, carry, arrived), broadcast_last(tail, axis)
+
+
+def exchange_carries(product: Pair, last: Pair, carry: Pair, axis: str | None, *, reverse: bool) -> tuple[Pair, Pair]:
+    """The state that enters this shard, and the one that leaves the whole sequence.
+
+    A shard maps the state h that enters it to `product * h + last`. One all-gather of these two small arrays lets every
+    shard compose the maps before it.
+
+    Args:
+      product, last: [batch, channels], this shard's map.
+      carry: [batch, channels], the state that enters the first shard (the last one if `reverse`).
+
+    Returns:
+      (state entering this shard, state leaving the other end), each [batch, channels].
+    """
+    if axis is None or jax.lax.axis_size(axis) == 1:
+        return carry, add(multiply(product, carry), last)
+    gathered = jax.lax.all_gather((product, last), axis)
+    index = jax.lax.axis_index(axis)
+    entering = carry
+    order = range(jax.lax.axis_size(axis))
+    for shard in reversed(order) if reverse else order:
+        entering = jax.tree.map(lambda now, old, here=shard: jnp.where(index == here, now, old), carry, entering)
+        shard_product, shard_last = jax.tree.map(lambda v, i=shard: v[i], gathered)
+        carry = add(multiply(shard_product, carry), shard_last)
+    return entering, carry

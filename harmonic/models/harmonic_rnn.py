@@ -1,0 +1,308 @@
+"""HarmonicRNN (arXiv 2510.02401): a U of residual CG-LRU blocks with causal pooling between its levels.
+
+    model = HarmonicRNN(ModelConfig())
+    params = model.init(jax.random.key(0))
+    logits, state = model.apply(params, {"tokens": tokens}, model.init_state(batch))   # a segment, in parallel
+    logits, state = model.step(params, {}, state)                                      # one sample
+
+A segment is a whole number of pooling products long and starts from any state at such a boundary, so that everything
+long is `apply` scanned over segments. `apply` sees the tokens that it predicts, shifted by one: its logits at t depend
+on tokens before t alone. Training is generation: both calls give the same logits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from harmonic.config import ModelConfig
+from harmonic.kernels import Pair
+from harmonic.kernels.context_parallel import left_halo
+from harmonic.models import layers
+from harmonic.models.layers import Dropout
+
+Params = dict[str, Any]
+Inputs = dict[str, jax.Array]
+
+__all__ = ["Dropout", "HarmonicRNN", "Params", "State"]
+
+
+class State(NamedTuple):
+    """All that the past leaves behind; the same for segments and for single samples.
+
+    Attributes:
+      position: int32, samples since the last pooling boundary: 0 before and after a segment.
+      last: [batch, channels] int32, the newest token.
+      hidden: for each stack of blocks, complex [blocks, batch, state_width / 2].
+      pending: for each pooling, [batch, f - 1, width]: outputs of the up-pool that are due at positions 0 .. f - 2.
+      collected: for each pooling, [batch, f - 1, width]: inputs of the down-pool seen so far; zeros at a boundary.
+    """
+
+    position: jax.Array
+    last: jax.Array
+    hidden: dict[str, Pair]
+    pending: tuple[jax.Array, ...]
+    collected: tuple[jax.Array, ...]
+
+
+class _Part:
+    """A Flax module as two functions: `init` gives its parameters as a plain dict, `bind` the module with them."""
+
+    def __init__(self, make: Callable[..., nnx.Module]):
+        self._make = make
+        self._graph, _ = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
+
+    def init(self, key: jax.Array) -> Params:
+        return nnx.to_pure_dict(nnx.state(self._make(rngs=nnx.Rngs(key)), nnx.Param))
+
+    def bind(self, params: Params) -> Any:
+        return nnx.merge(self._graph, params)
+
+
+class HarmonicRNN:
+    """The model's functions over a plain dict of parameters. Stateless and cheap to make.
+
+    Attributes:
+      config: its sizes.
+      num_levels: levels of a token, and logits a sample.
+      channels: audio channels; one.
+      multiple: segments are multiples of this many samples (the pooling product).
+    """
+
+    def __init__(self, config: ModelConfig, num_levels: int = 256, channels: int = 1):
+        if channels != 1:
+            raise ValueError(f"HarmonicRNN models one channel, got {channels}")
+        self.config, self.num_levels, self.channels = config, num_levels, channels
+        self.multiple = config.pooling_product
+        factors, blocks = config.pool_factors, config.level_blocks
+        self._embedding = _Part(lambda rngs: layers.EMBEDDINGS[config.embedding](config, num_levels, rngs=rngs))
+        self._head = _Part(lambda rngs: layers.Head(config, num_levels, rngs=rngs))
+        # Each level adds its residual branches and its skip connection: the scale of what is added falls with them.
+        scales = [1 / (4 * n + 1) for n in blocks[:-1]] + [1 / (2 * blocks[-1])]
+        self._pools = {}
+        for level, factor in enumerate(factors):
+            self._pools[f"down_pool_{level}"] = self._pool(factor, nnx.initializers.lecun_normal())
+            self._pools[f"up_pool_{level}"] = self._pool(factor, layers.residual_initializer(scales[level]))
+        # name: (number of blocks, number of the first, residual scale, samples a step). The order keys dropout.
+        self._stacks: dict[str, tuple[int, int, float, int]] = {}
+        first, strides = 0, [math.prod(factors[:level]) for level in range(len(factors) + 1)]
+        down = [(f"down_{level}", level) for level in range(len(factors))]
+        up = [(f"up_{level}", level) for level in reversed(range(len(factors)))]
+        for name, level in [*down, ("inner", len(factors)), *up]:
+            self._stacks[name] = (blocks[level], first, scales[level], strides[level])
+            first += blocks[level]
+        self._block = _Part(lambda rngs: layers.Block(config, 1.0, rngs=rngs))
+
+    def _pool(self, factor: int, initializer: Callable[..., jax.Array]) -> _Part:
+        return _Part(lambda rngs: layers.Pool(self.config, factor, initializer, rngs=rngs))
+
+    def init(self, key: jax.Array) -> Params:
+        """Fresh float32 parameters; the blocks of a stack lie along a leading axis."""
+        parts = {"embedding": self._embedding, "head": self._head, **self._pools}
+        params = {name: part.init(jax.random.fold_in(key, i)) for i, (name, part) in enumerate(parts.items())}
+        for name, (blocks, first, scale, _) in self._stacks.items():
+            keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.fold_in(key, 1_000), n))(first + jnp.arange(blocks))
+            block = _Part(lambda rngs, scale=scale: layers.Block(self.config, scale, rngs=rngs))
+            params[name] = jax.vmap(block.init)(keys)
+        return params
+
+    def init_state(self, batch: int, dtype: jnp.dtype = jnp.float32) -> State:
+        """The state before a recording: no past, and the middle token (128 of 256) for the newest."""
+        width, channels = self.config.width, self.config.state_width // 2
+        hidden = {}
+        for name, (blocks, *_) in self._stacks.items():
+            zeros = jnp.zeros((blocks, batch, channels), dtype)
+            hidden[name] = (zeros, zeros)
+        edges = tuple(jnp.zeros((batch, factor - 1, width), dtype) for factor in self.config.pool_factors)
+        return State(
+            position=jnp.zeros((), jnp.int32),
+            last=jnp.full((batch, self.channels), self.num_levels // 2, jnp.int32),
+            hidden=hidden,
+            pending=edges,
+            collected=edges,
+        )
+
+    def state_bytes(self, batch: int = 1) -> int:
+        """Bytes of a state: constant in the length of the past."""
+        state = jax.eval_shape(lambda: self.init_state(batch))
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+    def apply(
+        self, params: Params, inputs: Inputs, state: State, *, rng: Dropout | None = None, axis: str | None = None
+    ) -> tuple[jax.Array, State]:
+        """Logits of a segment.
+
+        Args:
+          params: as `init` gives them.
+          inputs: `tokens` [batch, time, channels], the tokens to predict; time a multiple of `multiple`.
+          state: at a pooling boundary.
+          rng: of dropout; without it there is none.
+          axis: inside `jax.shard_map`, the mesh axis over which time is cut.
+
+        Returns:
+          (logits [batch, time, channels, num_levels], state after the segment).
+
+        Raises:
+          ValueError: a length that pooling does not divide.
+        """
+        tokens = inputs["tokens"].astype(jnp.int32)
+        time = tokens.shape[1]
+        if time == 0 or time % self.multiple:
+            raise ValueError(f"a segment of {time} samples is not a multiple of the pooling product {self.multiple}")
+        before, last = left_halo(tokens[:, -1], state.last, axis)
+        tokens = jnp.concatenate([before[:, None], tokens[:, :-1]], axis=1)
+        if rng is not None and axis is not None:
+            rng = rng._replace(chunk=rng.chunk + jax.lax.axis_index(axis) * (time // self.multiple))
+        x = self._embed(params, tokens, rng)
+        hidden, pending, skips = {}, [], []
+        for level in range(len(self.config.pool_factors)):
+            x, hidden[f"down_{level}"] = self._run_stack(params, f"down_{level}", x, state, rng, axis)
+            skips.append(x)
+            x = self._bind_pool(params, f"down_pool_{level}").down(x)
+        x, hidden["inner"] = self._run_stack(params, "inner", x, state, rng, axis)
+        for level in reversed(range(len(self.config.pool_factors))):
+            raw = self._bind_pool(params, f"up_pool_{level}").up(x)
+            edge = self.config.pool_factors[level] - 1
+            due, carry = left_halo(raw[:, -edge:], state.pending[level], axis)
+            pending.insert(0, carry)
+            x = jnp.concatenate([due, raw[:, :-edge]], axis=1) + skips[level]
+            x, hidden[f"up_{level}"] = self._run_stack(params, f"up_{level}", x, state, rng, axis)
+        return self._logits(params, x), State(state.position, last, hidden, tuple(pending), state.collected)
+
+    def _run_stack(self, params: Params, name: str, x, state: State, rng: Dropout | None, axis: str | None):
+        blocks, first, _, stride = self._stacks[name]
+
+        # Only the input of each block is kept for the backward pass.
+        @jax.checkpoint
+        def body(x, scanned):
+            block_params, h0, number = scanned
+            return self._block.bind(block_params)(x, h0, rng, number, self.multiple // stride, axis)
+
+        return jax.lax.scan(body, x, (params[name], state.hidden[name], first + jnp.arange(blocks)))
+
+    def _embed(self, params: Params, tokens: jax.Array, rng: Dropout | None) -> jax.Array:
+        dtype = params["head"]["dense"]["kernel"].dtype
+        x = self._embedding.bind(params["embedding"])(tokens[..., 0], dtype)
+        blocks = sum(self.config.level_blocks[:-1]) * 2 + self.config.level_blocks[-1]
+        return layers.dropout(x, self.config.embedding_dropout, rng, 2 * blocks, self.multiple)
+
+    def _bind_pool(self, params: Params, name: str) -> layers.Pool:
+        return self._pools[name].bind(params[name])
+
+    def _logits(self, params: Params, x: jax.Array) -> jax.Array:
+        return self._head.bind(params["head"])(x)[:, :, None]
+
+    def unstack(self, params: Params) -> Params:
+        """Parameters with each stack as a list of blocks: what `step` wants inside a loop, so that the loop need not
+        cut the blocks' weights out of their stacks for every sample."""
+        lists = {
+            name: [jax.tree.map(lambda v, i=i: v[i], params[name]) for i in range(blocks)]
+            for name, (blocks, *_) in self._stacks.items()
+        }
+        return {**params, **lists}
+
+    def step(self, params: Params, inputs: Inputs, state: State) -> tuple[jax.Array, State]:
+        """Logits of the next sample.
+
+        Levels run at their own rates: an inner one only when its down-pool is complete.
+
+        Args:
+          params: as `init` or `unstack` gives them.
+          inputs: whatever conditions the model; nothing here.
+          state: at any position, its `last` the newest token.
+
+        Returns:
+          (logits [batch, 1, channels, num_levels], state; its `last` is for the caller to set, by `observe`).
+        """
+        if not isinstance(params["inner"], list):
+            params = self.unstack(params)
+        x = self._embed(params, state.last[:, None], None)
+        factors = self.config.pool_factors
+
+        def run(name: str, x: jax.Array, hidden: dict[str, Pair]) -> tuple[jax.Array, dict[str, Pair]]:
+            lasts = []
+            for i, block in enumerate(params[name]):
+                h0 = jax.tree.map(lambda v, i=i: v[i], hidden[name])
+                x, h_last = self._block.bind(block)(x, h0, None, 0, 1, None)
+                lasts.append(h_last)
+            stacked = jax.tree.map(lambda *v: jnp.stack(v), *lasts)
+            return x, {**hidden, name: stacked}
+
+        def descend(level: int, x: jax.Array, state: State) -> tuple[jax.Array, State]:
+            if level == len(factors):
+                x, hidden = run("inner", x, state.hidden)
+                return x, state._replace(hidden=hidden)
+            x, hidden = run(f"down_{level}", x, state.hidden)
+            state, factor = state._replace(hidden=hidden), factors[level]
+            place = (state.position // math.prod(factors[:level])) % factor
+
+            def collect(x: jax.Array, state: State):
+                collected = jax.lax.dynamic_update_index_in_dim(state.collected[level], x[:, 0], place, 1)
+                due = jax.lax.dynamic_index_in_dim(state.pending[level], place, 1)
+                return due, state._replace(collected=_put(state.collected, level, collected))
+
+            def complete(x: jax.Array, state: State):
+                window = jnp.concatenate([state.collected[level], x], axis=1)
+                pooled = self._bind_pool(params, f"down_pool_{level}").down(window)
+                inner, state = descend(level + 1, pooled, state)
+                raw = self._bind_pool(params, f"up_pool_{level}").up(inner)
+                empty = jnp.zeros_like(state.collected[level])
+                return raw[:, :1], state._replace(
+                    collected=_put(state.collected, level, empty), pending=_put(state.pending, level, raw[:, 1:])
+                )
+
+            # The last place of `pending` and `collected` is never read or written: it completes the pool.
+            due, state = jax.lax.cond(place == factor - 1, complete, collect, x, state)
+            x, hidden = run(f"up_{level}", x + due, state.hidden)
+            return x, state._replace(hidden=hidden)
+
+        x, state = descend(0, x, state)
+        return self._logits(params, x), state._replace(position=(state.position + 1) % self.multiple)
+
+    def observe(self, state: State, tokens: jax.Array) -> State:
+        """The state once the sample that `step` predicted is known: tokens [batch, channels]."""
+        return state._replace(last=tokens.astype(jnp.int32))
+
+    def log_prob(self, outputs: jax.Array, tokens: jax.Array) -> jax.Array:
+        """Log-likelihood in nats, [batch, time], of tokens [batch, time, channels] under logits."""
+        tokens = tokens.astype(jnp.int32)[..., None]
+        chosen = jnp.take_along_axis(outputs, tokens, axis=-1)[..., 0]
+        return (chosen - jax.nn.logsumexp(outputs, axis=-1)).sum(-1)
+
+    def sample(
+        self, outputs: jax.Array, uniform: jax.Array, *, temperature: float = 1.0, top_p: float = 1.0
+    ) -> jax.Array:
+        """Draws tokens by inverting the cumulative distribution.
+
+        Args:
+          outputs: logits [batch, 1, channels, num_levels].
+          uniform: [batch, channels] in [0, 1).
+          temperature: logits are divided by it.
+          top_p: keeps the smallest set of tokens whose probabilities reach it (Holtzman et al. 1904.09751).
+
+        Returns:
+          int32 tokens [batch, channels].
+        """
+        probabilities = jax.nn.softmax(outputs[:, 0] / temperature, axis=-1)
+        if top_p < 1:
+            # Ties and the order of tokens are settled by a stable sort; a token stays while less than top_p lies above.
+            order = jnp.argsort(-probabilities, axis=-1, stable=True)
+            ranked = jnp.take_along_axis(probabilities, order, axis=-1)
+            ranked = jnp.where(jnp.cumsum(ranked, axis=-1) - ranked < top_p, ranked, 0)
+            rank = jnp.argsort(order, axis=-1)
+            probabilities = jnp.take_along_axis(ranked, rank, axis=-1)
+        cumulative = jnp.cumsum(probabilities, axis=-1)
+        threshold = uniform[..., None] * cumulative[..., -1:]
+        token = (cumulative <= threshold).sum(-1)
+        # Rounding may put the threshold at the very end: the last token with any probability then stands for it.
+        possible = self.num_levels - 1 - jnp.argmax(probabilities[..., ::-1] > 0, axis=-1)
+        return jnp.minimum(token, possible).astype(jnp.int32)
+
+
+def _put(items: tuple, index: int, value: jax.Array) -> tuple:
+    return (*items[:index], value, *items[index + 1 :])

@@ -1,0 +1,116 @@
+"""Every scan against the obvious one: forward and gradient, alone and sharded, in both precisions."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from harmonic.kernels import chunked, linear_scan
+
+TOLERANCE = {np.float32: 2e-5, np.float64: 1e-12}
+
+
+def make_inputs(rng, batch, time, channels, dtype):
+    def pair(*shape):
+        return tuple(jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(2))
+
+    x, h0 = pair(batch, time, channels), pair(batch, channels)
+    radius, angle = rng.uniform(0.3, 1, (batch, time, channels)), rng.uniform(0, 6, (batch, time, channels))
+    a = (jnp.asarray(radius * np.cos(angle), dtype), jnp.asarray(radius * np.sin(angle), dtype))
+    return x, a, h0
+
+
+def weigh(outputs):
+    """A scalar that every output matters to, each in its own way."""
+    leaves = jax.tree.leaves(outputs)
+    return sum(
+        (v * jnp.sin(1 + i + jnp.arange(v.size, dtype=v.dtype)).reshape(v.shape)).sum() for i, v in enumerate(leaves)
+    )
+
+
+def assert_close(actual, expected, tolerance):
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * max(1.0, float(np.abs(b).max())))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("time", [1, 2, 7, 97, 160, 1_000])
+@pytest.mark.parametrize("implementation", ["auto", "chunked", "associative"])
+def test_scan_equals_reference(rng, x64, implementation, time, dtype):
+    inputs = make_inputs(rng, 2, time, 3, dtype)
+    run = functools.partial(linear_scan, implementation=implementation)
+    expected = functools.partial(linear_scan, implementation="reference")
+    assert_close(run(*inputs), expected(*inputs), TOLERANCE[dtype])
+    grad = jax.grad(lambda args: weigh(run(*args)))(inputs)
+    assert_close(grad, jax.grad(lambda args: weigh(expected(*args)))(inputs), TOLERANCE[dtype])
+
+
+def test_reference_equals_a_python_loop(rng):
+    x, a, h0 = (v[0] + 1j * np.asarray(v[1]) for v in jax.tree.map(np.asarray, make_inputs(rng, 2, 9, 3, np.float32)))
+    h, rows = h0, []
+    for t in range(9):
+        h = a[:, t] * h + x[:, t]
+        rows.append(h)
+    (re, im), last = linear_scan(*((v.real, v.imag) for v in (x, a, h0)), implementation="reference")
+    np.testing.assert_allclose(re + 1j * np.asarray(im), np.stack(rows, 1), rtol=1e-5)
+    np.testing.assert_allclose(last[0] + 1j * np.asarray(last[1]), h, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shards", [1, 2, 8])
+def test_sharded_scan_equals_reference(rng, x64, shards, dtype):
+    inputs = make_inputs(rng, 2, 8 * 24, 3, dtype)
+    mesh = jax.make_mesh((shards,), ("seq",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:shards])
+    whole, piece = P(), P(None, "seq")
+
+    def run(x, a, h0):
+        @functools.partial(
+            jax.shard_map, mesh=mesh, in_specs=(piece, piece, whole), out_specs=(piece, whole), check_vma=False
+        )
+        def scan(x, a, h0):
+            return linear_scan(x, a, h0, axis="seq")
+
+        return scan(x, a, h0)
+
+    expected = linear_scan(*inputs, implementation="reference")
+    assert_close(jax.jit(run)(*inputs), expected, TOLERANCE[dtype])
+
+    # As training does it: each shard's own loss, its gradient inside, and the sums over shards outside.
+    def local_grad(x, a, h0):
+        def loss(args):
+            h, h_last = linear_scan(*args, axis="seq")
+            first = jax.lax.axis_index("seq") == 0
+            place = jax.lax.axis_index("seq") * x[0].shape[1] + jnp.arange(x[0].shape[1])
+            weights = jnp.cos(place.astype(dtype))[None, :, None]
+            # The state is the same on every shard: only one of them may count it.
+            return sum((v * weights).sum() for v in h) + sum(jnp.where(first, v, 0).sum() for v in h_last)
+
+        dx, da, dh0 = jax.grad(loss)((x, a, h0))
+        return dx, da, jax.lax.psum(dh0, "seq")
+
+    grads = jax.shard_map(
+        local_grad, mesh=mesh, in_specs=(piece, piece, whole), out_specs=(piece, piece, whole), check_vma=False
+    )(*inputs)
+
+    def plain(args):
+        h, h_last = linear_scan(*args, implementation="reference")
+        weights = jnp.cos(jnp.arange(8 * 24).astype(dtype))[None, :, None]
+        return sum((v * weights).sum() for v in h) + sum(v.sum() for v in h_last)
+
+    assert_close(grads, jax.grad(plain)(inputs), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("time", [1, 97, 160, 16_000, 960_640])
+def test_chunks_divide_the_time(time):
+    assert time % chunked.chunk_length(time, 2) == 0
+
+
+def test_shapes_that_do_not_fit_are_refused(rng):
+    x, a, h0 = make_inputs(rng, 2, 8, 3, np.float32)
+    with pytest.raises(ValueError, match="do not fit"):
+        linear_scan(x, tuple(v[:, :4] for v in a), h0)
+    with pytest.raises(ValueError, match="implementation"):
+        linear_scan(x, a, h0, implementation="fast")

@@ -1,0 +1,207 @@
+"""The model: parameter counts, laws 1 (causality) and 2 (training is generation), sampling."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from harmonic.config import ModelConfig
+from harmonic.generate import generate, prefill
+from harmonic.models import Dropout, HarmonicRNN
+from harmonic.models.layers import bounded_sqrt, dropout
+
+CONFIGS = {
+    "no pooling": ModelConfig(width=8, state_width=16, gate_blocks=4, pool_factors=(), blocks_per_level=3, pool_groups=8),
+    "one pool": ModelConfig(width=8, state_width=16, gate_blocks=4, pool_factors=(2,), blocks_per_level=2, pool_groups=2),
+    "uneven": ModelConfig(
+        width=8, state_width=16, gate_blocks=2, pool_factors=(2, 3), blocks_per_level=(1, 2, 1), pool_groups=1,
+        embedding="learned",
+    ),
+    "paper's factors": ModelConfig(
+        width=4, state_width=8, gate_blocks=2, pool_factors=(2, 4, 4, 5), blocks_per_level=1, pool_groups=4,
+        embedding="linear",
+    ),
+}  # fmt: skip
+
+
+def make(config, seed=0):
+    model = HarmonicRNN(config)
+    params = model.init(jax.random.key(seed))
+    # Away from the symmetries of fresh parameters: biases and scales that are not 0 and 1.
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    return model, jax.tree.unflatten(
+        tree, [v + 0.05 * jax.random.normal(k, v.shape) for k, v in zip(keys, leaves, strict=True)]
+    )
+
+
+def random_tokens(model, batch, time, seed=2):
+    return jax.random.randint(jax.random.key(seed), (batch, time, 1), 0, model.num_levels)
+
+
+@pytest.mark.parametrize(("groups", "parameters"), [(128, 7_272_704), (4, 7_391_744), (1, 7_760_384)])
+def test_parameter_counts_of_the_paper(groups, parameters):
+    shapes = jax.eval_shape(HarmonicRNN(ModelConfig(pool_groups=groups)).init, jax.random.key(0))
+    assert sum(np.prod(v.shape, dtype=int) for v in jax.tree.leaves(shapes)) == parameters
+
+
+def test_parameter_count_of_the_reduced_model():
+    config = ModelConfig(width=32, state_width=64, pool_factors=(4, 4), blocks_per_level=2, pool_groups=32)
+    shapes = jax.eval_shape(HarmonicRNN(config).init, jax.random.key(0))
+    assert sum(np.prod(v.shape, dtype=int) for v in jax.tree.leaves(shapes)) == 139_072
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_causality(name):
+    """Law 1, by what changes: another token at t changes no logits up to t, and some after it."""
+    model, params = make(CONFIGS[name])
+    time = 3 * model.multiple if model.multiple < 100 else model.multiple
+    tokens = random_tokens(model, 1, time)
+    forward = jax.jit(lambda x: model.apply(params, {"tokens": x}, model.init_state(1))[0])
+    logits = forward(tokens)
+    product = model.multiple
+    places = {0, 1, 2, product - 2, product - 1, product, product + 1, time - 2} & set(range(time - 1))
+    for t in places:
+        changed = forward(tokens.at[0, t, 0].add(97) % 256)
+        np.testing.assert_array_equal(changed[:, : t + 1], logits[:, : t + 1], err_msg=f"t={t}")
+        assert not np.allclose(changed[:, t + 1], logits[:, t + 1], atol=1e-6), f"the next sample ignores t={t}"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_causality_of_prefixes(name):
+    """Law 1 as it is written: forward(x)[:, :t] == forward(x[:, :t]), padded to a length that the model takes."""
+    model, params = make(CONFIGS[name])
+    product, time = model.multiple, 2 * model.multiple + 10
+    tokens = random_tokens(model, 2, time)
+
+    def forward(x):
+        short = x.shape[1]
+        padded = jnp.pad(x, ((0, 0), (0, -short % product), (0, 0)))
+        return model.apply(params, {"tokens": padded}, model.init_state(2))[0][:, :short]
+
+    logits = forward(tokens)
+    for t in sorted({1, product - 1, product, product + 1, 2 * product, time} - {0}):
+        np.testing.assert_allclose(forward(tokens[:, :t]), logits[:, :t], atol=2e-5, err_msg=f"t={t}")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_training_is_generation(name):
+    """Law 2: steps, and prefill then steps from any t, give the logits of the parallel forward."""
+    model, params = make(CONFIGS[name])
+    product = model.multiple
+    time = 2 * product if product > 20 else 6 * product
+    tokens = random_tokens(model, 2, time)
+    parallel, after = model.apply(params, {"tokens": tokens}, model.init_state(2))
+
+    @jax.jit
+    def steps(state, tokens):
+        def body(state, token):
+            logits, state = model.step(params, {}, state)
+            return model.observe(state, token), logits[:, 0]
+
+        state, logits = jax.lax.scan(body, state, tokens.swapaxes(0, 1))
+        return logits.swapaxes(0, 1), state
+
+    logits, state = steps(model.init_state(2), tokens)
+    np.testing.assert_allclose(logits, parallel, atol=3e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), state, after)
+    for t in sorted({1, product - 1, product, product + 1, time - 1} - {0}):
+        state = prefill(model, params, tokens[:, :t], model.init_state(2))
+        assert int(state.position) == t % product
+        logits, _ = steps(state, tokens[:, t:])
+        np.testing.assert_allclose(logits, parallel[:, t:], atol=3e-5, err_msg=f"prefill of {t}")
+
+
+def test_segments_carry_the_state():
+    model, params = make(CONFIGS["uneven"])
+    tokens = random_tokens(model, 2, 30)
+    whole, _ = model.apply(params, {"tokens": tokens}, model.init_state(2))
+    state, pieces = model.init_state(2), []
+    for start, stop in ((0, 6), (6, 18), (18, 30)):
+        logits, state = model.apply(params, {"tokens": tokens[:, start:stop]}, state)
+        pieces.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(pieces, 1), whole, atol=1e-5)
+
+
+def test_a_length_that_pooling_does_not_divide_is_refused():
+    model, params = make(CONFIGS["uneven"])
+    with pytest.raises(ValueError, match="not a multiple of the pooling product 6"):
+        model.apply(params, {"tokens": random_tokens(model, 1, 20)}, model.init_state(1))
+
+
+def test_dropout_is_keyed_by_example_and_place():
+    x = jnp.ones((3, 12, 50))
+    key, rows = jax.random.key(0), jnp.array([4, 7, 9])
+    full = dropout(x, 0.25, Dropout(key, rows, jnp.int32(0)), 3, 2)
+    kept = float((full > 0).mean())
+    assert 0.7 < kept < 0.8
+    np.testing.assert_allclose(full[full > 0], 1 / 0.75, rtol=1e-4)
+    # The same rows in another order, and the second half of the sequence alone, are masked alike.
+    np.testing.assert_array_equal(dropout(x, 0.25, Dropout(key, rows[::-1], jnp.int32(0)), 3, 2), full[::-1])
+    np.testing.assert_array_equal(dropout(x[:, 6:], 0.25, Dropout(key, rows, jnp.int32(3)), 3, 2), full[:, 6:])
+    assert (dropout(x, 0.25, Dropout(key, rows, jnp.int32(0)), 4, 2) != full).any()
+    assert dropout(x, 0.25, None, 3, 2) is x
+
+
+def test_bounded_sqrt():
+    x = jnp.array([0.0, 1e-12, 0.25, 4.0])
+    np.testing.assert_allclose(bounded_sqrt(x), np.sqrt(x))
+    np.testing.assert_allclose(jax.vmap(jax.grad(bounded_sqrt))(x), [200, 200, 1, 0.25], rtol=1e-6)
+
+
+def test_initial_decay_and_residual_scale():
+    model = HarmonicRNN(ModelConfig())
+    params = model.init(jax.random.key(0))
+    recurrence = params["down_0"]["temporal"]["recurrence"]
+    radius = np.exp(-np.logaddexp(0, recurrence["log_decay"]))
+    assert 0.9 <= radius.min() < 0.92 and 0.98 < radius.max() <= 0.99
+    assert 0 <= recurrence["angle"].min() and recurrence["angle"].max() <= 0.1 * np.pi
+    for name, residuals in (("down_1", 17), ("inner", 8)):
+        kernel = params[name]["temporal"]["last"]["kernel"]
+        np.testing.assert_allclose(kernel.var(), 1 / residuals / 128, rtol=0.05)
+
+
+def test_sampling_follows_the_distribution():
+    model = HarmonicRNN(CONFIGS["one pool"], num_levels=4)
+    probabilities = np.array([0.5, 0.3, 0.15, 0.05])
+    logits = jnp.log(jnp.broadcast_to(jnp.asarray(probabilities), (10_000, 1, 1, 4)))
+    uniform = jax.random.uniform(jax.random.key(0), (10_000, 1))
+    shares = np.bincount(model.sample(logits, uniform)[:, 0], minlength=4) / 10_000
+    np.testing.assert_allclose(shares, probabilities, atol=0.02)
+    # 0.7 is reached by the first two alone; what is kept keeps its proportions.
+    shares = np.bincount(model.sample(logits, uniform, top_p=0.7)[:, 0], minlength=4) / 10_000
+    np.testing.assert_allclose(shares, [0.625, 0.375, 0, 0], atol=0.02)
+    cold = model.sample(logits, uniform, temperature=1e-3)
+    assert (cold == 0).all()
+    ends = jnp.array([[0.0], [np.nextafter(np.float32(1), np.float32(0))]])
+    np.testing.assert_array_equal(model.sample(logits[:2], ends)[:, 0], [0, 3])
+
+
+def test_generation_depends_on_seed_and_stream_alone():
+    model, params = make(CONFIGS["uneven"])
+
+    def run(**kwargs):
+        return np.concatenate([c.tokens for c in generate(model, params, length=50, **kwargs)], axis=1)
+
+    all_at_once = run(batch=3, chunk=50, seed=5)
+    assert all_at_once.shape == (3, 50, 1) and all_at_once.dtype == np.uint8
+    np.testing.assert_array_equal(run(batch=3, chunk=7, seed=5), all_at_once)
+    np.testing.assert_array_equal(run(batch=1, chunk=50, seed=5), all_at_once[:1])
+    assert (run(batch=3, chunk=50, seed=6) != all_at_once).any()
+    assert (all_at_once[0] != all_at_once[1]).any()
+
+
+def test_generation_continues_a_prompt_and_knows_its_likelihood():
+    model, params = make(CONFIGS["uneven"])
+    prompt = np.asarray(random_tokens(model, 1, 17)[0], np.uint8)
+    chunks = list(generate(model, params, batch=2, length=25, seed=1, prompt=prompt, chunk=10))
+    tokens = np.concatenate([c.tokens for c in chunks], axis=1)
+    whole = np.concatenate([np.broadcast_to(prompt, (2, 17, 1)), tokens], axis=1)
+    logits, _ = model.apply(params, {"tokens": jnp.asarray(whole)}, model.init_state(2))
+    nats = -model.log_prob(logits, whole)[:, 17:].sum(1)
+    np.testing.assert_allclose(sum(c.nats for c in chunks), nats, rtol=1e-4)
+
+
+def test_state_is_small():
+    model = HarmonicRNN(ModelConfig())
+    assert model.state_bytes() < 60_000  # 36 complex vectors of 128, and the edges of four pools

@@ -1,0 +1,402 @@
+"""The report is one page that needs nothing else, and says what the run's files say."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html.parser
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from harmonic import audio
+from harmonic.errors import UserError
+from harmonic.report import PUBLISHED, build_report
+
+HOSTILE = "<script>alert('x')</script>\"&amp; </style>"
+# Attributes through which a page loads or leads somewhere.
+REFERENCES = {"src", "href", "srcset", "poster", "data", "action", "background", "xlink:href"}
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would see: elements with their attributes, and the text by element."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.text: dict[str, str] = {}
+        self._open: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+        assert not self._open, f"not closed: {self._open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {key: value or "" for key, value in attrs}))
+        if tag not in ("meta", "img"):
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {key: value or "" for key, value in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open:
+            self.text[self._open[-1]] = self.text.get(self._open[-1], "") + data + "\n"
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    @property
+    def words(self) -> str:
+        """All text that is shown."""
+        shown = [text for tag, text in self.text.items() if tag not in ("style", "script")]
+        return " ".join(" ".join(shown).split())
+
+
+def sound(seconds: float, pitch: float, sample_rate: int = 16_000) -> np.ndarray:
+    time = np.arange(round(seconds * sample_rate)) / sample_rate
+    noise = np.random.default_rng(round(pitch)).normal(0, 0.02, len(time))
+    return (0.5 * np.sin(2 * np.pi * pitch * time) * np.exp(-2 * time) + noise).astype(np.float32)
+
+
+def write(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def make_run(folder: Path, name: str = "sc09", label: str = "seven") -> Path:
+    """A run's folder with every file, two samples of each kind."""
+    (folder / "samples").mkdir(parents=True)
+    train = {"steps": 300, "learning_rate": 0.002}
+    config = {"name": name, "model": {"width": 128}, "data": {"dataset": "sc09"}, "train": train}
+    write(folder / "config.json", {**config, "evaluate": {}, "generate": {}, "mesh": {}, "seed": 0})
+
+    lines: list[dict[str, Any]] = []
+    for step in range(10, 301, 10):
+        loss = 4 + 4 * math.exp(-step / 60) + 0.05 * math.sin(step)
+        speed = 4_000 + step
+        train_line = {"kind": "train", "step": step, "loss": loss, "samples_per_second": speed}
+        lines.append({**train_line, "grad_norm": 1.0, "learning_rate": 0.002, "skipped": 0})
+        if step % 100 == 0:
+            lines.append({"kind": "validation", "step": step, "bits_per_sample": loss - 0.01})
+    metrics = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(metrics, encoding="utf-8")
+
+    test = {"step": 300, "checkpoint": "best", "weights": "ema", "bits_per_sample": 4.1234}
+    test |= {"samples": 123_456, "recordings": 15, "dataset": "sc09", "seconds": 12.3}
+    test |= {"uniform_bits": 8.0, "histogram_entropy_bits": 7.4, "markov_bits": 5.0}
+    write(folder / "evaluation.json", {"test": test})
+
+    entries: list[dict[str, Any]] = []
+    for number in range(6):
+        kind = ("sample", "continuation", "real")[number // 2]
+        file, seconds = f"{kind}_{number % 2:04d}.wav", 0.25 + 0.25 * number
+        audio.write_wav(folder / "samples" / file, sound(seconds, 200 + 90 * number))
+        entry: dict[str, Any] = {"kind": kind, "file": file, "seconds": seconds}
+        entry["prompt_seconds"] = seconds / 2 if kind == "continuation" else 0.0
+        if kind != "sample":
+            entry |= {"source": f"{label}/clip_{number}.wav", "label": label}
+        entries.append({**entry, "bits_per_sample": 3.25})
+    settings = {"step": 300, "checkpoint": "best", "seed": 0, "temperature": 1.0, "top_p": 1.0}
+    settings |= {"sample_rate": 16_000, "encoding": "mu_law", "samples_per_second": 4_321.0}
+    write(folder / "samples" / "samples.json", {**settings, "samples": entries})
+
+    sizes = {"recordings": 31_158, "windows": 31_160, "samples": 494_412_303}
+    parameters = {
+        "total": 139_072,
+        "by component": {"levels": {"level 0": 100_000}, "head": 39_072},
+    }
+    summary = {
+        "command": "python -m workflows.full_run --config=sc09",
+        "parameters": parameters,
+        "stages": {"prepare": {"seconds": 1.2}, "train": {"seconds": 5_133.0}},
+        "data": {"dataset": "sc09", "source": "hub", "splits": {"train": sizes}},
+        "platform": "cpu",
+    }
+    write(folder / "summary.json", summary)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_run(tmp_path_factory.mktemp("finished") / "run")
+    build_report(folder)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A fresh run's folder for a test to spoil."""
+    return make_run(tmp_path / "run")
+
+
+def without_samples(run: Path) -> Path:
+    shutil.rmtree(run / "samples")
+    return run
+
+
+def test_every_sample_has_a_player_with_its_exact_bytes(finished: Path) -> None:
+    page = Page(finished / "report.html")
+    entries = json.loads((finished / "samples" / "samples.json").read_text())["samples"]
+    prefix = "data:audio/wav;base64,"
+    players = page.all("audio")
+    assert len(players) == len(entries) == 6
+    for player, entry in zip(players, entries, strict=True):
+        assert "controls" in player
+        assert player["src"].startswith(prefix)
+        content = base64.b64decode(player["src"].removeprefix(prefix), validate=True)
+        assert content == (finished / "samples" / entry["file"]).read_bytes()
+    pictures = [base64.b64decode(image["src"].partition(",")[2]) for image in page.all("img")]
+    assert len(pictures) == len(set(pictures)) == 6
+    assert all(picture.startswith(b"\x89PNG") and len(picture) < 60_000 for picture in pictures)
+
+
+def test_the_page_loads_nothing(finished: Path) -> None:
+    page = Page(finished / "report.html")
+    for tag, attributes in page.elements:
+        assert tag not in ("link", "iframe", "object", "embed", "base", "use")
+        for key, value in attributes.items():
+            if key in REFERENCES:
+                assert re.match(r"data:(audio/wav|image/png);base64,[A-Za-z0-9+/]+=*$", value), key
+            assert key == "src" or "//" not in value, (tag, key)
+    for code in (page.text["style"], page.text["script"]):
+        assert not re.search(r"//|url\(|@import|fetch|XMLHttp", code)
+    policy = next(m["content"] for m in page.all("meta") if "http-equiv" in m)
+    digest = base64.b64encode(hashlib.sha256(page.text["script"][:-1].encode()).digest()).decode()
+    assert "default-src 'none'" in policy
+    assert f"script-src 'sha256-{digest}'" in policy
+
+
+def test_the_page_says_what_the_files_say(finished: Path) -> None:
+    page = Page(finished / "report.html")
+    for words in (
+        "On the test split of sc09 this model needs",
+        "0.877 less than a Markov model, 3.277 less than the histogram entropy",
+        "3.877 less than a uniform guess",
+        "Markov model 5.000",
+        "Histogram entropy 7.400",
+        "Uniform 8.000",
+        "step 300, best checkpoint, ema weights, 15 recordings, 123,456 samples",
+        "Step 300 of 300",
+        "0.75 s · 3.250 bits per sample",  # the first continuation
+        "Prompt: seven/clip_2.wav",
+        "494,412,303",
+        "139,072",
+        "4,155",  # the median training speed
+        "4,321",
+        "10,037",  # evaluated samples per second
+        "86 min",
+        "python -m workflows.full_run --config=sc09",
+        '"learning_rate": 0.002',
+        *(f"{bits:.3f}" for _, _, bits in PUBLISHED["sc09"]),
+    ):
+        assert words in page.words, words
+    assert [a["style"] for a in page.all("i") if a["class"] == "mark"] == ["left:50.00%"] * 2
+    widths = [float(r["width"].rstrip("%")) for r in page.all("rect") if "class" not in r]
+    assert widths == pytest.approx([51.54, 62.5, 92.5, 100])
+    assert len([p for p in page.all("path") if p["class"] == "dot"]) == 3
+    assert len([p for p in page.all("path") if p["class"] == "base"]) == 3
+    assert [p["class"] for p in page.all("polyline")] == ["raw", "smooth"]
+
+
+def test_a_worse_model_is_called_worse(run: Path) -> None:
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["test"]["bits_per_sample"] = 5.5
+    write(run / "evaluation.json", evaluation)
+    words = Page(build_report(without_samples(run))).words
+    assert "0.500 more than a Markov model, 1.900 less than the histogram entropy" in words
+
+
+@pytest.mark.parametrize("dataset", ["beethoven", "youtubemix", "demo"])
+def test_published_figures_stand_beside_the_same_data_set(run: Path, dataset: str) -> None:
+    write(run / "config.json", {"name": "mine", "data": {"dataset": dataset}})
+    words = Page(build_report(without_samples(run))).words
+    assert ("as published" in words) == (dataset in PUBLISHED)
+    for known, rows in PUBLISHED.items():
+        assert all((f"{bits:.3f}" in words) == (known == dataset) for _, _, bits in rows)
+
+
+def test_what_comes_from_a_file_is_text(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", name=HOSTILE, label=HOSTILE)
+    for file in ("evaluation.json", "summary.json", "samples/samples.json"):
+        # Every string that the page might show, and keys too.
+        text = (run / file).read_text()
+        for plain in ("best", "ema", "hub", "cpu", "level 0", "prepare", "python -m", "train"):
+            text = text.replace(f'"{plain}', json.dumps(HOSTILE + plain)[:-1])
+        (run / file).write_text(text)
+    page = Page(build_report(run))
+    assert len(page.all("script")) == 1
+    assert "alert" not in page.text["script"]
+    assert len(page.all("style")) == 1
+    assert page.text["title"].strip() == f"{HOSTILE}: HarmonicRNN report"
+    assert page.text["h1"].strip() == HOSTILE
+    assert f"Prompt: {HOSTILE}/clip_2.wav" in page.words
+    assert f"{HOSTILE}level 0" in page.words
+    labels = {player["aria-label"] for player in page.all("audio")}
+    assert labels == {HOSTILE, "sample 0000", "sample 0001"}
+
+
+def test_a_run_that_is_still_training(run: Path) -> None:
+    for file in ("evaluation.json", "summary.json"):
+        (run / file).unlink()
+    with open(run / "metrics.jsonl", "a") as metrics:
+        metrics.write('{"kind": "train", "step": 310, "lo')  # being written
+    page = Page(build_report(without_samples(run)))
+    assert "This run has not been evaluated yet. Validation at step 300: 3.967 bits" in page.words
+    assert "Nothing has been generated yet." in page.words
+    assert not page.all("audio")
+    (run / "metrics.jsonl").write_text("")
+    assert "No training step has been logged yet." in Page(build_report(run)).words
+
+
+def test_steps_that_a_resumed_run_logs_again_count_once(run: Path) -> None:
+    lines = [(10, 8.0), (20, 7.0), (20, math.nan), (30, 6.0), (20, 5.0)]
+    entries = [{"kind": "train", "step": step, "loss": loss} for step, loss in lines]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    page = Page(build_report(without_samples(run)))
+    points = page.all("polyline")[0]["points"].split()
+    heights = [float(point.split(",")[1]) for point in points]
+    assert len(points) == 3
+    assert heights[0] < heights[2] < heights[1]  # 8, 6, 5 bits
+
+
+@pytest.mark.parametrize("file", ["config.json", "metrics.jsonl"])
+def test_a_needed_file_that_is_missing_is_named(run: Path, file: str) -> None:
+    (run / file).unlink()
+    with pytest.raises(UserError, match=re.escape(file)) as caught:
+        build_report(run)
+    assert "\n" not in str(caught.value)
+    assert not (run / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["config.json", "metrics.jsonl", "evaluation.json", "summary.json", "samples/samples.json"],
+)
+@pytest.mark.parametrize(("text", "line"), [('{\n"a": }\n', 2), ("\n[1]\n", 1)])
+def test_a_corrupt_file_is_named_with_its_line(run: Path, file: str, text: str, line: int) -> None:
+    if file == "metrics.jsonl":
+        text, line = '{"kind": "train"}\n' + text.replace("\n", "") + "\n", 2
+    (run / file).write_text(text)
+    with pytest.raises(UserError, match=re.escape(f"{file}, line {line}: ")):
+        build_report(run)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../config.json", "/etc/hostname", "a/b.wav", "..", "a\\b.wav", "", "a\0", None, 3],
+)
+def test_only_plain_names_inside_the_folder_are_read(run: Path, name: object) -> None:
+    write(run / "samples" / "samples.json", {"samples": [{"kind": "real", "file": name}]})
+    with pytest.raises(UserError, match=r"samples\.json names the file"):
+        build_report(run)
+
+
+@pytest.mark.parametrize("content", [None, b"not audio", b""])
+def test_a_missing_or_broken_recording_is_named(run: Path, content: bytes | None) -> None:
+    path = run / "samples" / "real_0001.wav"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"real_0001\.wav"):
+        build_report(run)
+
+
+@pytest.mark.parametrize("waveform", [np.zeros(16_000), sound(0.01, 500), sound(40, 300)])
+def test_silent_short_and_long_recordings_can_be_drawn(run: Path, waveform: np.ndarray) -> None:
+    audio.write_wav(run / "samples" / "a.wav", waveform)
+    write(run / "samples" / "samples.json", {"samples": [{"kind": "other", "file": "a.wav"}]})
+    page = Page(build_report(run))
+    assert len(page.all("audio")) == len(page.all("img")) == 1
+    assert f"{len(waveform) / 16_000:.2f} s" in page.words
+
+
+def test_the_report_is_whole_or_absent(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_report(without_samples(run))
+    before = (run / "report.html").read_bytes()
+    (run / "summary.json").unlink()
+
+    def fail(*paths: object) -> None:
+        raise OSError("disk gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="disk gone"):
+            build_report(run)
+    assert (run / "report.html").read_bytes() == before
+    files = {"config.json", "evaluation.json", "metrics.jsonl", "report.html"}
+    assert {path.name for path in run.iterdir()} == files
+
+
+def test_the_same_folder_gives_the_same_bytes(finished: Path) -> None:
+    before = (finished / "report.html").read_bytes()
+    assert build_report(str(finished)) == finished / "report.html"
+    assert (finished / "report.html").read_bytes() == before
+    assert not list(finished.glob("*.partial"))
+
+
+# Runs before the page is parsed, so that it sees every error and every refused request.
+PROBE = """
+const problems = [];
+addEventListener("error", event => problems.push(event.message || event.target.tagName), true);
+addEventListener("securitypolicyviolation", event => problems.push(event.blockedURI));
+addEventListener("load", async () => {
+  const players = [...document.querySelectorAll("audio")];
+  const ready = player => player.readyState >= 1 ||
+    new Promise(done => player.addEventListener("loadedmetadata", done));
+  await Promise.all(players.map(ready));
+  document.documentElement.dataset.probe = JSON.stringify({
+    problems,
+    players: players.map(player => [player.readyState, player.duration]),
+    pictures: [...document.images].map(image => image.naturalWidth),
+    overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+  });
+});
+"""
+
+
+def test_a_browser_opens_the_report_offline(finished: Path, tmp_path: Path) -> None:
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        pytest.skip("no Chromium here")
+    # The page as it is, its content security policy too, which must let the probe pass.
+    digest = base64.b64encode(hashlib.sha256(PROBE.encode()).digest()).decode()
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    probed = page.replace("script-src ", f"script-src 'sha256-{digest}' ", 1)
+    probed = probed.replace("<title>", f"<script>{PROBE}</script><title>", 1)
+    (tmp_path / "probed.html").write_text(probed, encoding="utf-8")
+    flags = (
+        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync --disable-dev-shm-usage --window-size=390,844 "
+        "--virtual-time-budget=20000 --dump-dom"
+    ).split()
+    offline = "--host-resolver-rules=MAP * ~NOTFOUND"
+    found = None
+    for attempt in range(2):  # a browser on a busy machine may fail to start
+        profile = f"--user-data-dir={tmp_path / f'profile{attempt}'}"
+        command = [browser, *flags, offline, profile, (tmp_path / "probed.html").as_uri()]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        except subprocess.TimeoutExpired:
+            continue
+        found = re.search(r'<html[^>]* data-probe="([^"]*)"', done.stdout)
+        if found:
+            break
+    assert found, "the browser did not report"
+    seen = json.loads(html.unescape(found[1]))
+    assert seen["problems"] == []
+    assert all(state >= 1 for state, _ in seen["players"])
+    seconds = [0.25 + 0.25 * number for number in range(6)]
+    assert [duration for _, duration in seen["players"]] == pytest.approx(seconds, abs=0.01)
+    assert len(seen["pictures"]) == 6 and all(width > 50 for width in seen["pictures"])
+    assert seen["overflow"] == 0

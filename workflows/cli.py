@@ -1,0 +1,74 @@
+"""What the workflows' command lines share: flags, and errors that a user can read."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import app, flags
+
+from harmonic.config import Config, load_config, override
+from harmonic.errors import UserError
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_string(
+    "config", None, "a name in configs/ (such as demo or sc09), a path to a .py, or a saved config.json"
+)
+flags.DEFINE_multi_string("set", [], "override a field of the config, as --set=train.steps=200 (repeatable)")
+flags.DEFINE_string("workdir", None, "the run's folder; runs/<name of the config> by default")
+flags.DEFINE_string("data_dir", "data", "the folder that holds prepared data sets")
+
+
+def config_from_flags(default: str = "demo") -> Config:
+    """The config that --config and --set describe."""
+    return override(load_config(FLAGS.config or default), FLAGS.set)
+
+
+def workdir_from_flags(config: Config) -> Path:
+    """The run's folder."""
+    return Path(FLAGS.workdir or Path("runs") / config.name)
+
+
+def command(workflow: str) -> str:
+    """The command line that was given, to be pasted again."""
+    return shlex.join(["python", "-m", f"workflows.{workflow}", *sys.argv[1:]])
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a main, and turns what a user can mend into one line on standard error.
+
+    Exit status: 0; 2 for a wrong flag, value, file or folder; 128 + the signal's number for a run that was stopped.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's own chatter
+    from harmonic.train import Interrupted
+
+    def guarded(argv: list[str]) -> None:
+        try:
+            if len(argv) > 1:
+                raise UserError(f"unexpected argument {argv[1]!r}; flags are written --name=value")
+            main()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except OSError as error:
+            print(f"error: {error.filename or 'input/output'}: {error.strerror or error}", file=sys.stderr)
+            sys.exit(2)
+        except Interrupted as stop:
+            print(stop, file=sys.stderr)
+            sys.exit(128 + stop.signal)
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on", file=sys.stderr)
+            sys.exit(130)
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            return FLAGS(argv)
+        except flags.Error as error:
+            print(f"error: {str(error).strip().splitlines()[0]}; see --help", file=sys.stderr)
+            sys.exit(2)
+
+    app.run(guarded, flags_parser=parse)

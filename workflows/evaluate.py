@@ -1,0 +1,39 @@
+"""Likelihood of a run over a whole split, every sample once.
+
+python -m workflows.evaluate --workdir=runs/sc09 --split=test
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from absl import flags
+
+from harmonic.checkpoint import load_run_config
+from harmonic.errors import UserError
+from workflows import cli, stages
+
+_SPLIT = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "what to evaluate on")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best (on validation), latest, or a step")
+_RAW = flags.DEFINE_bool("raw_weights", False, "evaluate the raw weights instead of their average")
+_RESET = flags.DEFINE_integer(
+    "reset_every", 0, "forget the past every that many samples: windowed figures", lower_bound=0
+)
+flags.adopt_module_key_flags(cli)
+
+
+def main() -> None:
+    """Evaluates, and prints the figures as JSON."""
+    if cli.FLAGS.config or cli.FLAGS.set:
+        raise UserError("a run is evaluated with its own config: give --workdir alone")
+    workdir = Path(cli.FLAGS.workdir or "runs/demo")
+    data = Path(cli.FLAGS.data_dir) / load_run_config(workdir).data.dataset
+    figures = stages.evaluate_run(
+        workdir, data, split=_SPLIT.value, checkpoint=_CHECKPOINT.value, raw=_RAW.value, reset_every=_RESET.value
+    )
+    print(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,28 @@
+"""Trains a model on a prepared data set, from its latest checkpoint if it has one.
+
+python -m workflows.train --config=sc09 --workdir=runs/sc09
+python -m workflows.train --config=my_config.py --init_from=runs/sc09 --workdir=runs/mine
+"""
+
+from __future__ import annotations
+
+from absl import flags
+
+from harmonic.train import train
+from workflows import cli
+
+_INIT_FROM = flags.DEFINE_string("init_from", None, "another run's folder, whose best weights this run starts from")
+flags.adopt_module_key_flags(cli)
+
+
+def main() -> None:
+    """Trains."""
+    config = cli.config_from_flags()
+    workdir = cli.workdir_from_flags(config)
+    result = train(config, f"{cli.FLAGS.data_dir}/{config.data.dataset}", workdir, init_from=_INIT_FROM.value)
+    best = "" if result.best_step is None else f", best validation {result.best_validation:.4f} at {result.best_step:,}"
+    print(f"trained to step {result.step:,}{best}; evaluate it: python -m workflows.evaluate --workdir={workdir}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
