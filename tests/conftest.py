@@ -2,7 +2,9 @@
 
 import os
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Most of a test's time is compiling: LLVM's optimisations are not what is tested.
+_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
@@ -24,3 +26,25 @@ def x64():
     """Double precision within a test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def make_dataset():
+    """(folder, name, lengths of recordings at 16 kHz, ...) -> the folder of a data set prepared from WAV files."""
+
+    def make(folder, name, lengths, *, source=None, **spec):
+        import soundfile
+
+        from pipelines.build import PrepareSpec, prepare
+
+        recordings = folder / "recordings"
+        recordings.mkdir(parents=True)
+        numbers = np.random.default_rng(1)
+        for i, length in enumerate(lengths):
+            time = np.arange(length) / 16_000
+            tone = 0.3 * np.sin(2 * np.pi * numbers.uniform(100, 1_000) * time) + 0.01 * numbers.standard_normal(length)
+            soundfile.write(recordings / f"{i:03d}.wav", tone, 16_000, subtype="PCM_16")
+        prepare(PrepareSpec(dataset=name, source=str(recordings), output_dir=str(folder / "data"), **spec))
+        return folder / "data" / name
+
+    return make

@@ -37,15 +37,17 @@ def assert_close(actual, expected, tolerance):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("time", [1, 2, 7, 97, 160, 1_000])
+@pytest.mark.parametrize("time", [1, 7, 97, 160])
 @pytest.mark.parametrize("implementation", ["auto", "chunked", "associative"])
 def test_scan_equals_reference(rng, x64, implementation, time, dtype):
     inputs = make_inputs(rng, 2, time, 3, dtype)
     run = functools.partial(linear_scan, implementation=implementation)
     expected = functools.partial(linear_scan, implementation="reference")
-    assert_close(run(*inputs), expected(*inputs), TOLERANCE[dtype])
-    grad = jax.grad(lambda args: weigh(run(*args)))(inputs)
-    assert_close(grad, jax.grad(lambda args: weigh(expected(*args)))(inputs), TOLERANCE[dtype])
+
+    def outputs_and_gradient(scan):
+        return jax.jit(lambda args: (scan(*args), jax.grad(lambda a: weigh(scan(*a)))(args)))(inputs)
+
+    assert_close(outputs_and_gradient(run), outputs_and_gradient(expected), TOLERANCE[dtype])
 
 
 def test_reference_equals_a_python_loop(rng):
@@ -91,16 +93,17 @@ def test_sharded_scan_equals_reference(rng, x64, shards, dtype):
         dx, da, dh0 = jax.grad(loss)((x, a, h0))
         return dx, da, jax.lax.psum(dh0, "seq")
 
-    grads = jax.shard_map(
+    sharded = jax.shard_map(
         local_grad, mesh=mesh, in_specs=(piece, piece, whole), out_specs=(piece, piece, whole), check_vma=False
-    )(*inputs)
+    )
+    grads = jax.jit(sharded)(*inputs)
 
     def plain(args):
         h, h_last = linear_scan(*args, implementation="reference")
         weights = jnp.cos(jnp.arange(8 * 24).astype(dtype))[None, :, None]
         return sum((v * weights).sum() for v in h) + sum(v.sum() for v in h_last)
 
-    assert_close(grads, jax.grad(plain)(inputs), TOLERANCE[dtype])
+    assert_close(grads, jax.jit(jax.grad(plain))(inputs), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("time", [1, 97, 160, 16_000, 960_640])

@@ -26,13 +26,18 @@ CONFIGS = {
 
 def make(config, seed=0):
     model = HarmonicRNN(config)
-    params = model.init(jax.random.key(seed))
+    params = jax.jit(model.init)(jax.random.key(seed))
     # Away from the symmetries of fresh parameters: biases and scales that are not 0 and 1.
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    return model, jax.tree.unflatten(
-        tree, [v + 0.05 * jax.random.normal(k, v.shape) for k, v in zip(keys, leaves, strict=True)]
-    )
+    dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
+    moved = [v.astype(dtype) + 0.05 * jax.random.normal(k, v.shape, dtype) for k, v in zip(keys, leaves, strict=True)]
+    return model, jax.tree.unflatten(tree, moved)
+
+
+def apply(model, params, tokens, state=None):
+    state = model.init_state(len(tokens), jax.tree.leaves(params)[0].dtype) if state is None else state
+    return jax.jit(lambda p, x, s: model.apply(p, {"tokens": x}, s))(params, tokens, state)
 
 
 def random_tokens(model, batch, time, seed=2):
@@ -68,7 +73,7 @@ def test_causality(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_causality_of_prefixes(name):
+def test_causality_of_prefixes(x64, name):
     """Law 1 as it is written: forward(x)[:, :t] == forward(x[:, :t]), padded to a length that the model takes."""
     model, params = make(CONFIGS[name])
     product, time = model.multiple, 2 * model.multiple + 10
@@ -77,21 +82,21 @@ def test_causality_of_prefixes(name):
     def forward(x):
         short = x.shape[1]
         padded = jnp.pad(x, ((0, 0), (0, -short % product), (0, 0)))
-        return model.apply(params, {"tokens": padded}, model.init_state(2))[0][:, :short]
+        return apply(model, params, padded)[0][:, :short]
 
     logits = forward(tokens)
     for t in sorted({1, product - 1, product, product + 1, 2 * product, time} - {0}):
-        np.testing.assert_allclose(forward(tokens[:, :t]), logits[:, :t], atol=2e-5, err_msg=f"t={t}")
+        np.testing.assert_allclose(forward(tokens[:, :t]), logits[:, :t], atol=1e-10, err_msg=f"t={t}")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_training_is_generation(name):
+def test_training_is_generation(x64, name):
     """Law 2: steps, and prefill then steps from any t, give the logits of the parallel forward."""
     model, params = make(CONFIGS[name])
     product = model.multiple
     time = 2 * product if product > 20 else 6 * product
     tokens = random_tokens(model, 2, time)
-    parallel, after = model.apply(params, {"tokens": tokens}, model.init_state(2))
+    parallel, after = apply(model, params, tokens)
 
     @jax.jit
     def steps(state, tokens):
@@ -102,23 +107,24 @@ def test_training_is_generation(name):
         state, logits = jax.lax.scan(body, state, tokens.swapaxes(0, 1))
         return logits.swapaxes(0, 1), state
 
-    logits, state = steps(model.init_state(2), tokens)
-    np.testing.assert_allclose(logits, parallel, atol=3e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), state, after)
+    start = model.init_state(2, jnp.float64)
+    logits, state = steps(start, tokens)
+    np.testing.assert_allclose(logits, parallel, atol=1e-10)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), state, after)
     for t in sorted({1, product - 1, product, product + 1, time - 1} - {0}):
-        state = prefill(model, params, tokens[:, :t], model.init_state(2))
+        state = prefill(model, params, tokens[:, :t], start)
         assert int(state.position) == t % product
         logits, _ = steps(state, tokens[:, t:])
-        np.testing.assert_allclose(logits, parallel[:, t:], atol=3e-5, err_msg=f"prefill of {t}")
+        np.testing.assert_allclose(logits, parallel[:, t:], atol=1e-10, err_msg=f"prefill of {t}")
 
 
 def test_segments_carry_the_state():
     model, params = make(CONFIGS["uneven"])
     tokens = random_tokens(model, 2, 30)
-    whole, _ = model.apply(params, {"tokens": tokens}, model.init_state(2))
+    whole, _ = apply(model, params, tokens)
     state, pieces = model.init_state(2), []
     for start, stop in ((0, 6), (6, 18), (18, 30)):
-        logits, state = model.apply(params, {"tokens": tokens[:, start:stop]}, state)
+        logits, state = apply(model, params, tokens[:, start:stop], state)
         pieces.append(logits)
     np.testing.assert_allclose(jnp.concatenate(pieces, 1), whole, atol=1e-5)
 
@@ -197,7 +203,7 @@ def test_generation_continues_a_prompt_and_knows_its_likelihood():
     chunks = list(generate(model, params, batch=2, length=25, seed=1, prompt=prompt, chunk=10))
     tokens = np.concatenate([c.tokens for c in chunks], axis=1)
     whole = np.concatenate([np.broadcast_to(prompt, (2, 17, 1)), tokens], axis=1)
-    logits, _ = model.apply(params, {"tokens": jnp.asarray(whole)}, model.init_state(2))
+    logits, _ = apply(model, params, jnp.asarray(whole))
     nats = -model.log_prob(logits, whole)[:, 17:].sum(1)
     np.testing.assert_allclose(sum(c.nats for c in chunks), nats, rtol=1e-4)
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from harmonic.config import Config, load_config, override
 from harmonic.errors import UserError
@@ -47,6 +47,7 @@ def run(main: Callable[[], None]) -> None:
     from harmonic.train import Interrupted
 
     def guarded(argv: list[str]) -> None:
+        logging.set_verbosity(logging.ERROR)  # Orbax tells of every file it opens
         try:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}; flags are written --name=value")
