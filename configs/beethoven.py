@@ -3,8 +3,8 @@
     python -m workflows.full_run --config=beethoven                 # from the Hugging Face hub
     python -m workflows.full_run --config=beethoven --source=beethoven.zip
 
-500 epochs of 119 steps of 4.1 million samples: about a day and three quarters at the paper's 1.6 million samples a second
-(a TPU v4-8). The paper: 0.915 bits per sample on the test split. Linear quantisation, as published.
+500 epochs of 119 steps of 4.1 million samples: about a day and three quarters at the paper's 1.6 million samples a
+second (a TPU v4-8). The paper: 0.915 bits per sample on the test split. Linear quantisation, as published.
 """
 
 from harmonic.config import Config, DataConfig, EvaluateConfig, GenerateConfig, TrainConfig

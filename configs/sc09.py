@@ -3,8 +3,8 @@
     python -m workflows.full_run --config=sc09                      # from the Hugging Face hub
     python -m workflows.full_run --config=sc09 --source=sc09.zip
 
-500 epochs of 974 steps. The paper: 11.5 epochs an hour on a TPU v4-8 (two days), 1.854 bits per sample on the test split.
-On two CPU cores a step takes a minute and a half: use sc09_small there.
+500 epochs of 974 steps. The paper: 11.5 epochs an hour on a TPU v4-8 (two days), 1.854 bits per sample on the test
+split. On two CPU cores a step takes a minute and a half: use sc09_small there.
 """
 
 from harmonic.config import Config, DataConfig, GenerateConfig, TrainConfig

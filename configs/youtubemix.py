@@ -3,9 +3,9 @@
     python -m workflows.full_run --config=youtubemix                # from the Hugging Face hub: gated, needs a token
     python -m workflows.full_run --config=youtubemix --source=youtube_mix.zip
 
-500 epochs of 7 steps of 31 million samples: about 19 hours at the paper's 1.6 million samples a second. The paper: 1.324
-bits per sample on the test split. A minute is cut into segments of 16,000 samples, whose gradient is exact: memory is
-that of one segment for each recording in the batch.
+500 epochs of 7 steps of 31 million samples: about 19 hours at the paper's 1.6 million samples a second. The paper:
+1.324 bits per sample on the test split. A minute is cut into segments of 16,000 samples, whose gradient is exact:
+memory is that of one segment for each recording in the batch.
 """
 
 from harmonic.config import Config, DataConfig, EvaluateConfig, GenerateConfig, TrainConfig

@@ -295,7 +295,7 @@ def _build(cls: type[T], raw: object, prefix: str) -> T:
     for name in raw:
         if name not in hints:
             raise UserError(_unknown(f"{prefix}{name}", hints, prefix))
-    values = {}
+    values: dict[str, Any] = {}
     for name, value in raw.items():
         if dataclasses.is_dataclass(hints[name]):
             values[name] = _build(typing.cast(type, hints[name]), value, f"{prefix}{name}.")

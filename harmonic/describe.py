@@ -20,9 +20,8 @@ def describe(config: Config) -> dict[str, Any]:
     """Sizes of a config's model and batches. Nothing is allocated.
 
     Returns:
-      {"parameters": {"total", "by_part" (embedding, recurrence, temporal gates, MLP, norms, pooling, head), "by_stack"
-      (each stack of blocks, each pool)}, "blocks", "pooling_product", "state_bytes" (of one stream), "training" (samples
-      a window and a step, segments)}.
+      {"parameters": {"total", "by_part"}, "blocks", "pooling_product", "state_bytes" (of one stream), "training"
+      (samples of a window and of a step, segments)}.
     """
     model = HarmonicRNN(config.model, config.data.num_levels)
     params = jax.eval_shape(model.init, jax.random.key(0))
@@ -34,7 +33,7 @@ def describe(config: Config) -> dict[str, Any]:
             by_part[name] += count(tree)
         elif "pool" in name:
             by_part["pooling"] += count(tree)
-        else:
+        else:  # the blocks
             temporal, mlp = tree["temporal"], tree["mlp"]
             by_part["norms"] += count(temporal["norm"]) + count(mlp["norm"])
             by_part["CG-LRU"] += count(temporal["recurrence"])
@@ -46,9 +45,8 @@ def describe(config: Config) -> dict[str, Any]:
         "parameters": {
             "total": count(params),
             "by_part": by_part,
-            "by_stack": {name: count(tree) for name, tree in params.items()},
         },
-        "blocks": 2 * sum(config.model.level_blocks[:-1]) + config.model.level_blocks[-1],
+        "blocks": model.num_blocks,
         "pooling_product": config.model.pooling_product,
         "state_bytes": model.state_bytes(),
         "training": {

@@ -125,14 +125,14 @@ def nats_over_segments(
 
 
 def make_loss_and_grad(model: HarmonicRNN, mesh: Mesh) -> Callable[..., tuple[jax.Array, Any]]:
-    """(params, tokens, lengths, rows, key) -> (bits per sample, its gradient), on any mesh.
+    """(params, tokens, lengths, rows, words) -> (bits per sample, its gradient), on any mesh.
 
-    tokens is [segments, batch, segment_length, channels], lengths and rows [batch]; key is dropout's, or None.
+    tokens is [segments, batch, segment_length, channels], lengths and rows [batch]; words are dropout's, or None.
     """
     axis = meshes.sequence_axis(mesh)
 
-    def local(params, tokens, lengths, rows, key):
-        rng = None if key is None else Dropout(key, rows, jnp.int32(0))
+    def local(params, tokens, lengths, rows, words):
+        rng = None if words is None else Dropout(words, rows, jnp.int32(0))
         nats, grads = jax.value_and_grad(lambda p: nats_over_segments(model, p, tokens, lengths, rng, axis))(params)
         # What is differentiated is each shard's own sum: sums over shards stand outside, once each.
         nats, grads = jax.lax.psum((nats, grads), (meshes.DATA, meshes.SEQ))
@@ -156,9 +156,9 @@ def make_train_step(model: HarmonicRNN, config: Config, mesh: Mesh) -> Callable[
     @functools.partial(jax.jit, donate_argnums=0)
     def step_function(state: TrainState, batch: dict[str, jax.Array], key: jax.Array, step: jax.Array):
         use_dropout = config.model.dropout > 0 or config.model.embedding_dropout > 0
-        dropout_key = jax.random.fold_in(key, step) if use_dropout else None
-        loss, grads = loss_and_grad(state.params, batch["tokens"], batch["length"], batch["row"], dropout_key)
-        norm = optax.global_norm(grads)
+        words = jax.random.bits(jax.random.fold_in(key, step), (2,), jnp.uint32) if use_dropout else None
+        loss, grads = loss_and_grad(state.params, batch["tokens"], batch["length"], batch["row"], words)
+        norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & (norm < train.skip_norm)
         updates, adam = optimizer.update(grads, state.optimizer["adam"], state.params)
         params = optax.apply_updates(state.params, updates)

@@ -1,11 +1,16 @@
 """Eight CPU devices, and a JAX that is strict about types, promotion and NaNs of shape."""
 
 import os
+import tempfile
 
 # Most of a test's time is compiling: LLVM's optimisations are not what is tested.
 _FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Tests and the processes that they start compile the same programs again and again.
+_CACHE = os.path.join(tempfile.gettempdir(), f"harmonic-tests-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax
 import numpy as np

@@ -137,7 +137,7 @@ def test_a_length_that_pooling_does_not_divide_is_refused():
 
 def test_dropout_is_keyed_by_example_and_place():
     x = jnp.ones((3, 12, 50))
-    key, rows = jax.random.key(0), jnp.array([4, 7, 9])
+    key, rows = jnp.array([1, 2], jnp.uint32), jnp.array([4, 7, 9])
     full = dropout(x, 0.25, Dropout(key, rows, jnp.int32(0)), 3, 2)
     kept = float((full > 0).mean())
     assert 0.7 < kept < 0.8
@@ -158,12 +158,12 @@ def test_bounded_sqrt():
 def test_initial_decay_and_residual_scale():
     model = HarmonicRNN(ModelConfig())
     params = model.init(jax.random.key(0))
-    recurrence = params["down_0"]["temporal"]["recurrence"]
+    recurrence = params["blocks"]["temporal"]["recurrence"]
     radius = np.exp(-np.logaddexp(0, recurrence["log_decay"]))
     assert 0.9 <= radius.min() < 0.92 and 0.98 < radius.max() <= 0.99
     assert 0 <= recurrence["angle"].min() and recurrence["angle"].max() <= 0.1 * np.pi
-    for name, residuals in (("down_1", 17), ("inner", 8)):
-        kernel = params[name]["temporal"]["last"]["kernel"]
+    kernels = params["blocks"]["temporal"]["last"]["kernel"]
+    for kernel, residuals in ((kernels[4:8], 17), (kernels[16:20], 8), (kernels[-4:], 17)):
         np.testing.assert_allclose(kernel.var(), 1 / residuals / 128, rtol=0.05)
 
 

@@ -68,9 +68,7 @@ def test_voices_of_different_length_are_refused():
         synth.parse(synth.Tune("uneven", "", 60, 1, ("C4 D4 | E4:2", "C3:2 | E3:3")))
 
 
-@pytest.mark.parametrize(
-    "pitch, hertz", [("A4", 440.0), ("A3", 220.0), ("C4", 261.63), ("E6", 1318.5)]
-)
+@pytest.mark.parametrize("pitch, hertz", [("A4", 440.0), ("A3", 220.0), ("C4", 261.63), ("E6", 1318.5)])
 def test_pitch(pitch, hertz):
     wave = synth.render(_single(pitch, 2), tempo=60)
     spectrum = np.abs(np.fft.rfft(wave * np.hanning(len(wave)), 2**18))

@@ -3,7 +3,8 @@
     python -m workflows.full_run
     python -m workflows.full_run --config=sc09_small --source=sc09.zip
 
-Each stage is skipped when its output is already whole: a run that was interrupted anywhere goes on with the same command.
+Each stage is skipped when its output is already whole: a run that was interrupted anywhere goes on with the same
+command.
 """
 
 from __future__ import annotations
@@ -78,16 +79,16 @@ def full_run(
 
     stage("evaluate")
     started = time.monotonic()
-    figures = (stages.read_json(workdir / "evaluation.json") or {}).get("test")
-    whole = bool(figures) and (figures["step"], figures["fingerprint"]) == (step, manifest.fingerprint)
+    figures: Any = (stages.read_json(workdir / "evaluation.json") or {}).get("test")
+    whole = figures is not None and (figures["step"], figures["fingerprint"]) == (step, manifest.fingerprint)
     if not whole:
         figures = stages.evaluate_run(workdir, data)
     took("evaluate", started, skipped=whole)
 
     stage("generate")
     started = time.monotonic()
-    samples = stages.read_json(workdir / "samples" / "samples.json")
-    whole = bool(samples) and samples["step"] == step and samples["settings"] == stages.as_json(config.generate)
+    samples: Any = stages.read_json(workdir / "samples" / "samples.json")
+    whole = samples is not None and samples["step"] == step and samples["settings"] == stages.as_json(config.generate)
     if not whole:
         samples = stages.sample_run(workdir, data)
     took("generate", started, skipped=whole)

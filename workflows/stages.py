@@ -151,8 +151,8 @@ def write_samples(
     given = 0 if prompt is None else prompt.shape[1]
     if length <= given:
         raise UserError(
-            f"the prompt {prompts[0].source if prompts else ''} has {given / sample_rate:.2f} s, but --seconds={seconds:g} "
-            "counts prompt and continuation together; give more --seconds, or fewer --prompt_seconds"
+            f"the prompt {prompts[0].source if prompts else ''} has {given / sample_rate:.2f} s, but --seconds="
+            f"{seconds:g} counts prompt and continuation together; give more --seconds, or fewer --prompt_seconds"
         )
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"{kind}_{i:04d}.wav" for i in range(num_samples)]
@@ -204,7 +204,7 @@ def write_samples(
 
 
 def sample_run(workdir: Path, data: Path, *, checkpoint: str = "best") -> dict[str, Any]:
-    """What full_run lets one hear: samples, continuations of test recordings, and those recordings; samples.json last."""
+    """What full_run lets one hear: samples, continuations of test recordings, those recordings; samples.json last."""
     started = time.monotonic()
     weights = load_weights(workdir, checkpoint)
     settings, seed = weights.config.generate, weights.config.seed

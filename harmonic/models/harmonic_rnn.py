@@ -38,14 +38,14 @@ class State(NamedTuple):
     Attributes:
       position: int32, samples since the last pooling boundary: 0 before and after a segment.
       last: [batch, channels] int32, the newest token.
-      hidden: for each stack of blocks, complex [blocks, batch, state_width / 2].
+      hidden: complex [blocks, batch, state_width / 2].
       pending: for each pooling, [batch, f - 1, width]: outputs of the up-pool that are due at positions 0 .. f - 2.
       collected: for each pooling, [batch, f - 1, width]: inputs of the down-pool seen so far; zeros at a boundary.
     """
 
     position: jax.Array
     last: jax.Array
-    hidden: dict[str, Pair]
+    hidden: Pair
     pending: tuple[jax.Array, ...]
     collected: tuple[jax.Array, ...]
 
@@ -62,6 +62,21 @@ class _Part:
 
     def bind(self, params: Params) -> Any:
         return nnx.merge(self._graph, params)
+
+
+class _Stack(NamedTuple):
+    """Blocks that run one behind the other at one rate.
+
+    Attributes:
+      first, blocks: the number of the first, and how many.
+      scale: residual scale of their initial values.
+      stride: samples to a step.
+    """
+
+    first: int
+    blocks: int
+    scale: float
+    stride: int
 
 
 class HarmonicRNN:
@@ -88,41 +103,39 @@ class HarmonicRNN:
         for level, factor in enumerate(factors):
             self._pools[f"down_pool_{level}"] = self._pool(factor, nnx.initializers.lecun_normal())
             self._pools[f"up_pool_{level}"] = self._pool(factor, layers.residual_initializer(scales[level]))
-        # name: (number of blocks, number of the first, residual scale, samples a step). The order keys dropout.
-        self._stacks: dict[str, tuple[int, int, float, int]] = {}
-        first, strides = 0, [math.prod(factors[:level]) for level in range(len(factors) + 1)]
+        # The U as a row of stacks, from the way down to the way up; a block's number is its place in this row.
         down = [(f"down_{level}", level) for level in range(len(factors))]
         up = [(f"up_{level}", level) for level in reversed(range(len(factors)))]
+        first, self._stacks = 0, dict[str, _Stack]()
         for name, level in [*down, ("inner", len(factors)), *up]:
-            self._stacks[name] = (blocks[level], first, scales[level], strides[level])
+            self._stacks[name] = _Stack(first, blocks[level], scales[level], math.prod(factors[:level]))
             first += blocks[level]
+        self.num_blocks = first
         self._block = _Part(lambda rngs: layers.Block(config, 1.0, rngs=rngs))
 
     def _pool(self, factor: int, initializer: Callable[..., jax.Array]) -> _Part:
         return _Part(lambda rngs: layers.Pool(self.config, factor, initializer, rngs=rngs))
 
     def init(self, key: jax.Array) -> Params:
-        """Fresh float32 parameters; the blocks of a stack lie along a leading axis."""
+        """Fresh float32 parameters; all blocks lie along a leading axis, as one stack of `num_blocks`."""
         parts = {"embedding": self._embedding, "head": self._head, **self._pools}
         params = {name: part.init(jax.random.fold_in(key, i)) for i, (name, part) in enumerate(parts.items())}
-        for name, (blocks, first, scale, _) in self._stacks.items():
-            keys = jax.vmap(lambda n: jax.random.fold_in(jax.random.fold_in(key, 1_000), n))(first + jnp.arange(blocks))
-            block = _Part(lambda rngs, scale=scale: layers.Block(self.config, scale, rngs=rngs))
-            params[name] = jax.vmap(block.init)(keys)
-        return params
+        blocks = jax.vmap(self._block.init)(jax.random.split(jax.random.fold_in(key, len(parts)), self.num_blocks))
+        scales = jnp.concatenate([jnp.full(stack.blocks, stack.scale) for stack in self._stacks.values()])
+        for branch in ("temporal", "mlp"):
+            last = blocks[branch]["last"]
+            last["kernel"] = last["kernel"] * jnp.sqrt(scales)[:, None, None]
+        return {**params, "blocks": blocks}
 
     def init_state(self, batch: int, dtype: jnp.dtype = jnp.float32) -> State:
         """The state before a recording: no past, and the middle token (128 of 256) for the newest."""
         width, channels = self.config.width, self.config.state_width // 2
-        hidden = {}
-        for name, (blocks, *_) in self._stacks.items():
-            zeros = jnp.zeros((blocks, batch, channels), dtype)
-            hidden[name] = (zeros, zeros)
+        zeros = jnp.zeros((self.num_blocks, batch, channels), dtype)
         edges = tuple(jnp.zeros((batch, factor - 1, width), dtype) for factor in self.config.pool_factors)
         return State(
             position=jnp.zeros((), jnp.int32),
             last=jnp.full((batch, self.channels), self.num_levels // 2, jnp.int32),
-            hidden=hidden,
+            hidden=(zeros, zeros),
             pending=edges,
             collected=edges,
         )
@@ -159,37 +172,47 @@ class HarmonicRNN:
         if rng is not None and axis is not None:
             rng = rng._replace(chunk=rng.chunk + jax.lax.axis_index(axis) * (time // self.multiple))
         x = self._embed(params, tokens, rng)
-        hidden, pending, skips = {}, [], []
+        stacks = self._cut((params["blocks"], state.hidden))
+        hidden: dict[str, Pair] = {}
+        pending: list[jax.Array] = []
+        skips = []
         for level in range(len(self.config.pool_factors)):
-            x, hidden[f"down_{level}"] = self._run_stack(params, f"down_{level}", x, state, rng, axis)
+            x, hidden[f"down_{level}"] = self._run(f"down_{level}", x, stacks, rng, axis)
             skips.append(x)
             x = self._bind_pool(params, f"down_pool_{level}").down(x)
-        x, hidden["inner"] = self._run_stack(params, "inner", x, state, rng, axis)
+        x, hidden["inner"] = self._run("inner", x, stacks, rng, axis)
         for level in reversed(range(len(self.config.pool_factors))):
             raw = self._bind_pool(params, f"up_pool_{level}").up(x)
             edge = self.config.pool_factors[level] - 1
             due, carry = left_halo(raw[:, -edge:], state.pending[level], axis)
             pending.insert(0, carry)
             x = jnp.concatenate([due, raw[:, :-edge]], axis=1) + skips[level]
-            x, hidden[f"up_{level}"] = self._run_stack(params, f"up_{level}", x, state, rng, axis)
-        return self._logits(params, x), State(state.position, last, hidden, tuple(pending), state.collected)
+            x, hidden[f"up_{level}"] = self._run(f"up_{level}", x, stacks, rng, axis)
+        joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(hidden[name] for name in self._stacks))
+        return self._logits(params, x), State(state.position, last, joined, tuple(pending), state.collected)
 
-    def _run_stack(self, params: Params, name: str, x, state: State, rng: Dropout | None, axis: str | None):
-        blocks, first, _, stride = self._stacks[name]
+    def _cut(self, tree: Any) -> dict[str, Any]:
+        """Arrays over all blocks, cut into the stacks. The transpose of a split is one concatenation."""
+        leaves, treedef = jax.tree.flatten(tree)
+        sizes = [stack.blocks for stack in self._stacks.values()]
+        pieces = [jax.lax.split(leaf, sizes) for leaf in leaves]
+        return {name: treedef.unflatten([p[i] for p in pieces]) for i, name in enumerate(self._stacks)}
+
+    def _run(self, name: str, x: jax.Array, stacks: dict[str, Any], rng: Dropout | None, axis: str | None):
+        stack = self._stacks[name]
 
         # Only the input of each block is kept for the backward pass.
         @jax.checkpoint
         def body(x, scanned):
-            block_params, h0, number = scanned
-            return self._block.bind(block_params)(x, h0, rng, number, self.multiple // stride, axis)
+            (block_params, h0), number = scanned
+            return self._block.bind(block_params)(x, h0, rng, number, self.multiple // stack.stride, axis)
 
-        return jax.lax.scan(body, x, (params[name], state.hidden[name], first + jnp.arange(blocks)))
+        return jax.lax.scan(body, x, (stacks[name], stack.first + jnp.arange(stack.blocks)))
 
     def _embed(self, params: Params, tokens: jax.Array, rng: Dropout | None) -> jax.Array:
         dtype = params["head"]["dense"]["kernel"].dtype
         x = self._embedding.bind(params["embedding"])(tokens[..., 0], dtype)
-        blocks = sum(self.config.level_blocks[:-1]) * 2 + self.config.level_blocks[-1]
-        return layers.dropout(x, self.config.embedding_dropout, rng, 2 * blocks, self.multiple)
+        return layers.dropout(x, self.config.embedding_dropout, rng, 2 * self.num_blocks, self.multiple)
 
     def _bind_pool(self, params: Params, name: str) -> layers.Pool:
         return self._pools[name].bind(params[name])
@@ -198,13 +221,10 @@ class HarmonicRNN:
         return self._head.bind(params["head"])(x)[:, :, None]
 
     def unstack(self, params: Params) -> Params:
-        """Parameters with each stack as a list of blocks: what `step` wants inside a loop, so that the loop need not
-        cut the blocks' weights out of their stacks for every sample."""
-        lists = {
-            name: [jax.tree.map(lambda v, i=i: v[i], params[name]) for i in range(blocks)]
-            for name, (blocks, *_) in self._stacks.items()
-        }
-        return {**params, **lists}
+        """Parameters with the blocks as a list: what `step` wants inside a loop, so that the loop need not cut the
+        blocks' weights out of their stack for every sample."""
+        blocks = [jax.tree.map(lambda v, i=i: v[i], params["blocks"]) for i in range(self.num_blocks)]
+        return {**params, "blocks": blocks}
 
     def step(self, params: Params, inputs: Inputs, state: State) -> tuple[jax.Array, State]:
         """Logits of the next sample.
@@ -219,26 +239,24 @@ class HarmonicRNN:
         Returns:
           (logits [batch, 1, channels, num_levels], state; its `last` is for the caller to set, by `observe`).
         """
-        if not isinstance(params["inner"], list):
+        if not isinstance(params["blocks"], list):
             params = self.unstack(params)
         x = self._embed(params, state.last[:, None], None)
         factors = self.config.pool_factors
 
-        def run(name: str, x: jax.Array, hidden: dict[str, Pair]) -> tuple[jax.Array, dict[str, Pair]]:
-            lasts = []
-            for i, block in enumerate(params[name]):
-                h0 = jax.tree.map(lambda v, i=i: v[i], hidden[name])
-                x, h_last = self._block.bind(block)(x, h0, None, 0, 1, None)
-                lasts.append(h_last)
-            stacked = jax.tree.map(lambda *v: jnp.stack(v), *lasts)
-            return x, {**hidden, name: stacked}
+        def run(name: str, x: jax.Array, state: State) -> tuple[jax.Array, State]:
+            stack, hidden = self._stacks[name], state.hidden
+            for i in range(stack.first, stack.first + stack.blocks):
+                h0 = jax.tree.map(lambda v, i=i: v[i], hidden)
+                x, h_last = self._block.bind(params["blocks"][i])(x, h0, None, 0, 1, None)
+                hidden = jax.tree.map(lambda v, h, i=i: v.at[i].set(h), hidden, h_last)
+            return x, state._replace(hidden=hidden)
 
         def descend(level: int, x: jax.Array, state: State) -> tuple[jax.Array, State]:
             if level == len(factors):
-                x, hidden = run("inner", x, state.hidden)
-                return x, state._replace(hidden=hidden)
-            x, hidden = run(f"down_{level}", x, state.hidden)
-            state, factor = state._replace(hidden=hidden), factors[level]
+                return run("inner", x, state)
+            x, state = run(f"down_{level}", x, state)
+            factor = factors[level]
             place = (state.position // math.prod(factors[:level])) % factor
 
             def collect(x: jax.Array, state: State):
@@ -258,8 +276,7 @@ class HarmonicRNN:
 
             # The last place of `pending` and `collected` is never read or written: it completes the pool.
             due, state = jax.lax.cond(place == factor - 1, complete, collect, x, state)
-            x, hidden = run(f"up_{level}", x + due, state.hidden)
-            return x, state._replace(hidden=hidden)
+            return run(f"up_{level}", x + due, state)
 
         x, state = descend(0, x, state)
         return self._logits(params, x), state._replace(position=(state.position + 1) % self.multiple)
