@@ -10,12 +10,12 @@ from harmonic.generate import generate, prefill
 from harmonic.models import Dropout, HarmonicRNN
 from harmonic.models.layers import bounded_sqrt, dropout
 
+SMALL = {"width": 8, "state_width": 16, "gate_blocks": 4}
 CONFIGS = {
-    "no pooling": ModelConfig(width=8, state_width=16, gate_blocks=4, pool_factors=(), blocks_per_level=3, pool_groups=8),
-    "one pool": ModelConfig(width=8, state_width=16, gate_blocks=4, pool_factors=(2,), blocks_per_level=2, pool_groups=2),
+    "no pooling": ModelConfig(**SMALL, pool_factors=(), blocks_per_level=3, pool_groups=8),
+    "one pool": ModelConfig(**SMALL, pool_factors=(2,), blocks_per_level=2, pool_groups=2),
     "uneven": ModelConfig(
-        width=8, state_width=16, gate_blocks=2, pool_factors=(2, 3), blocks_per_level=(1, 2, 1), pool_groups=1,
-        embedding="learned",
+        **SMALL, pool_factors=(2, 3), blocks_per_level=(1, 2, 1), pool_groups=1, embedding="learned"
     ),
     "paper's factors": ModelConfig(
         width=4, state_width=8, gate_blocks=2, pool_factors=(2, 4, 4, 5), blocks_per_level=1, pool_groups=4,
