@@ -144,7 +144,7 @@ def make_loss_and_grad(model: HarmonicRNN, mesh: Mesh) -> Callable[..., tuple[ja
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=meshes.REPLICATED, check_vma=False)
 
 
-def make_train_step(model: HarmonicRNN, config: Config, mesh: Mesh) -> Callable[..., tuple[TrainState, dict]]:
+def make_train_step(model: HarmonicRNN, config: Config, mesh: Mesh) -> jax.stages.Wrapped:
     """(state, batch, key, step) -> (state, {"loss" in bits per sample, "grad_norm", "skipped", "streak"}), compiled.
 
     An update whose loss is not finite, or whose gradient's norm is not below `skip_norm`, is skipped: weights, average

@@ -196,7 +196,7 @@ class HarmonicRNN:
         leaves, treedef = jax.tree.flatten(tree)
         sizes = [stack.blocks for stack in self._stacks.values()]
         pieces = [jax.lax.split(leaf, sizes) for leaf in leaves]
-        return {name: treedef.unflatten([p[i] for p in pieces]) for i, name in enumerate(self._stacks)}
+        return {name: jax.tree.unflatten(treedef, [p[i] for p in pieces]) for i, name in enumerate(self._stacks)}
 
     def _run(self, name: str, x: jax.Array, stacks: dict[str, Any], rng: Dropout | None, axis: str | None):
         stack = self._stacks[name]
