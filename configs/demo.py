@@ -2,7 +2,10 @@
 
     python -m workflows.full_run
 
-Two CPU cores: about five minutes, of which training takes three and a half.
+Two CPU cores: about four and a half minutes, of which training takes three and a half. 3.5 bits per sample on the test
+split, where an order-1 Markov model needs 5.2.
+
+Many small steps: at an equal number of samples, windows of 2,000 end half a bit below windows of 16,000.
 """
 
 from harmonic.config import Config, DataConfig, EvaluateConfig, GenerateConfig, ModelConfig, TrainConfig
@@ -13,18 +16,18 @@ def get_config() -> Config:
     return Config(
         name="demo",
         model=ModelConfig(
-            width=32, state_width=64, pool_factors=(4, 4), blocks_per_level=2, pool_groups=32, dropout=0.0
+            width=32, state_width=64, pool_factors=(4, 4), blocks_per_level=2, pool_groups=1, dropout=0.0
         ),
-        data=DataConfig(dataset="demo", encoding="mu_law", window_length=16_000),
+        data=DataConfig(dataset="demo", encoding="mu_law", window_length=2_000),
         train=TrainConfig(
-            steps=450,
-            global_batch_size=2,
-            learning_rate=0.006,
+            steps=1_800,
+            global_batch_size=4,
+            learning_rate=0.008,
             warmup_steps=50,
-            ema_decay=0.98,
+            ema_decay=0.99,
             ema_debias=True,
-            validate_every=150,
-            checkpoint_every=150,
+            validate_every=300,
+            checkpoint_every=300,
         ),
         evaluate=EvaluateConfig(batch_size=6),
         generate=GenerateConfig(num_samples=4, seconds=4.0, num_continuations=2, prompt_seconds=2.0),

@@ -207,7 +207,7 @@ def _asked_to_stop() -> Iterator[list[int]]:
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """How training ended: the last step, the best validation (bits per sample) and its step, and seconds spent now."""
+    """How training ended: the last step, the best validation (bits per sample) and its step, and seconds in all."""
 
     step: int
     best_step: int | None
@@ -239,7 +239,7 @@ def train(
 
     checkpoints = Checkpoints(workdir)
     replicated = meshes.sharding(mesh, meshes.REPLICATED)
-    meta: dict[str, Any] = {"step": 0, "best": None, "best_step": None, "data": batches.get_state()}
+    meta: dict[str, Any] = {"step": 0, "best": None, "best_step": None, "seconds": 0.0, "data": batches.get_state()}
     latest = checkpoints.step("latest")
     if latest is not None:
         meta = checkpoints.meta(latest)
@@ -258,7 +258,7 @@ def train(
     step = int(meta["step"])
     if step >= config.train.steps:
         checkpoints.close()
-        return TrainResult(step, meta["best_step"], meta["best"], time.monotonic() - started)
+        return TrainResult(step, meta["best_step"], meta["best"], meta["seconds"])
 
     step_function = make_train_step(model, config, mesh)
     rate = learning_rate(config)
@@ -272,9 +272,13 @@ def train(
     window: list[dict[str, jax.Array]] = []
     window_start, window_samples = time.monotonic(), 0
 
+    def seconds_in_all() -> float:
+        return meta["seconds"] + time.monotonic() - started
+
     def save(validation: float | None = None) -> None:
         description = {"model": model_description(config), "data": batches.get_state()}
-        checkpoints.save(step, state._asdict(), {**meta, **description, "step": step}, validation)
+        progress_made = {"step": step, "seconds": seconds_in_all()}
+        checkpoints.save(step, state._asdict(), {**meta, **description, **progress_made}, validation)
 
     try:
         with _asked_to_stop() as caught:
@@ -323,7 +327,7 @@ def train(
         progress.close()
         writer.close()
         checkpoints.close()
-    return TrainResult(step, meta["best_step"], meta["best"], time.monotonic() - started)
+    return TrainResult(step, meta["best_step"], meta["best"], seconds_in_all())
 
 
 def _due(step: int, every: int, last: int) -> bool:

@@ -72,9 +72,8 @@ def full_run(
     took("prepare", started, skipped=was_whole)
 
     stage("train")
-    started = time.monotonic()
     trained = train(config, data, workdir, init_from=init_from)
-    took("train", started, skipped=trained.seconds < 1)
+    seconds["train"] = {"seconds": round(trained.seconds, 3)}
     step = load_weights(workdir).step
 
     stage("evaluate")
