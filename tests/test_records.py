@@ -161,6 +161,7 @@ def change(path, value):
         change(["skipped"], None),
         change(["skipped", 0], []),
     ],
+    ids=lambda text: text[:40],
 )
 def test_a_manifest_that_cannot_be_is_refused(text, tmp_path):
     (tmp_path / "manifest.json").write_text(text)
