@@ -215,16 +215,14 @@ class TrainResult:
     seconds: float
 
 
-def train(
-    config: Config, data: str | Path, workdir: str | Path, *, init_from: str | None = None, raw_init: bool = False
-) -> TrainResult:
+def train(config: Config, data: str | Path, workdir: str | Path, *, init_from: str | None = None) -> TrainResult:
     """Trains a run to its last step, from its latest checkpoint if it has one.
 
     Args:
       config: of the run. Saved as config.json; a run is continued only with what would give the same weights.
       data: folder of the prepared data set.
       workdir: the run's folder.
-      init_from: another run's folder, whose best averaged weights (the raw ones with `raw_init`) this one starts from.
+      init_from: another run's folder, whose best averaged weights this one starts from.
 
     Raises:
       UserError: data, config, folder or weights that do not go together, or training that diverges.
@@ -251,7 +249,7 @@ def train(
     else:
         params = None
         if init_from:
-            weights = load_weights(init_from, raw=raw_init)
+            weights = load_weights(init_from)
             check_architecture({"model": model_description(weights.config)}, config, init_from)
             params = weights.params
         state = jax.device_put(jax.jit(lambda p: init_state(config, model, p))(params), replicated)
@@ -292,15 +290,17 @@ def train(
                 if _due(step, config.train.log_every, config.train.steps):
                     values = {k: [float(m[k]) for m in window] for k in window[-1]}
                     now = time.monotonic()
+                    finite = [loss for loss in values["loss"] if math.isfinite(loss)]
+                    norm = values["grad_norm"][-1]
                     line = {
-                        "loss": float(np.mean(values["loss"])),
-                        "grad_norm": values["grad_norm"][-1],
+                        "loss": float(np.mean(finite)) if finite else None,
+                        "grad_norm": norm if math.isfinite(norm) else None,
                         "learning_rate": float(rate(step - 1)),
                         "samples_per_second": window_samples / (now - window_start),
                         "skipped": int(values["skipped"][-1]),
                     }
                     writer.write("train", step, line)
-                    progress.update(len(window), f"{line['loss']:.3f} bits/sample")
+                    progress.update(len(window), f"{line['loss']:.3f} bits/sample" if finite else "loss not finite")
                     if values["streak"][-1] >= _DIVERGED:
                         raise UserError(
                             f"training has diverged: the last {values['streak'][-1]:.0f} updates were skipped (loss "

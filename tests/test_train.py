@@ -345,6 +345,15 @@ def test_divergence_is_said(data, tmp_path, monkeypatch):
         training.train(config("train.skip_norm=1e-9"), data, tmp_path / "run")
 
 
+def test_a_loss_that_is_not_finite_is_written_as_json(data, tmp_path, reference_run):
+    """Weights that overflow: every update is skipped, and metrics.jsonl stays JSON."""
+    workdir = tmp_path / "run"
+    with pytest.raises(UserError, match="not finite"):  # what validation says of such weights
+        training.train(config("train.learning_rate=1e30", "train.warmup_steps=0", "train.steps=3"), data, workdir)
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in (workdir / "metrics.jsonl").open()]
+    assert lines[-1]["loss"] is None and lines[-1]["skipped"] >= 1
+
+
 def test_too_large_a_mesh_is_refused(data, tmp_path):
     with pytest.raises(UserError, match="asks for 16 devices, but there are 8"):
         training.train(config("mesh.seq=16"), data, tmp_path / "run")
