@@ -270,12 +270,13 @@ def train(config: Config, data: str | Path, workdir: str | Path, *, init_from: s
     window: list[dict[str, jax.Array]] = []
     window_start, window_samples = time.monotonic(), 0
 
-    def seconds_in_all() -> float:
-        return meta["seconds"] + time.monotonic() - started
+    seconds = meta["seconds"]
 
     def save(validation: float | None = None) -> None:
+        nonlocal seconds
+        seconds = meta["seconds"] + time.monotonic() - started
         description = {"model": model_description(config), "data": batches.get_state()}
-        progress_made = {"step": step, "seconds": seconds_in_all()}
+        progress_made = {"step": step, "seconds": seconds}
         checkpoints.save(step, state._asdict(), {**meta, **description, **progress_made}, validation)
 
     try:
@@ -327,7 +328,7 @@ def train(config: Config, data: str | Path, workdir: str | Path, *, init_from: s
         progress.close()
         writer.close()
         checkpoints.close()
-    return TrainResult(step, meta["best_step"], meta["best"], seconds_in_all())
+    return TrainResult(step, meta["best_step"], meta["best"], seconds)
 
 
 def _due(step: int, every: int, last: int) -> bool:

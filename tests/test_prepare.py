@@ -459,7 +459,10 @@ def stop_in_the_middle(tmp_path, options, stop):
     files = {f"{i}.wav": wav(44_100 * 5, 44_100, 2, i) for i in range(30)}
     source = write_folder(tmp_path / "f", files)
     argv = ["--dataset", "mine", "--source", source, "--output_dir", tmp_path / "killed", "--num_shards", 4, *options]
+    # Whoever runs the tests may ignore SIGINT (a shell does for what it starts in the background), and we inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess_of(*argv)
+    signal.signal(signal.SIGINT, before)
     folder = tmp_path / "killed/mine"
     deadline = time.monotonic() + 60
     while not any(path.stat().st_size >= 3 for path in folder.glob("_partial-*/progress")):
