@@ -5,7 +5,7 @@
 Two CPU cores: about four and a half minutes, of which training takes three and a half. 3.5 bits per sample on the test
 split, where an order-1 Markov model needs 5.2.
 
-Many small steps: at an equal number of samples, windows of 2,000 end half a bit below windows of 16,000.
+Many small steps: at an equal number of samples, 900 steps of 4 x 4,000 end a quarter of a bit below 450 of 2 x 16,000.
 """
 
 from harmonic.config import Config, DataConfig, EvaluateConfig, GenerateConfig, ModelConfig, TrainConfig
