@@ -291,6 +291,7 @@ def test_sigkill_is_invisible(data, tmp_path, reference_run):
         while process.poll() is None and len(read_metrics(workdir)) <= before:
             time.sleep(0.01)
         time.sleep(wait)
+        assert process.poll() is None, "the run ended before it could be killed"
         process.kill()
         process.wait()
     subprocess.run(command, check=True, capture_output=True)
