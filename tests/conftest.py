@@ -53,3 +53,10 @@ def make_dataset():
         return folder / "data" / name
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory, make_dataset):
+    """A prepared data set of twelve short recordings."""
+    lengths = [900, 350, 700, 401, 90, 1_200, 640, 1_000, 777, 20, 333, 444]
+    return make_dataset(tmp_path_factory.mktemp("tiny"), "tiny", lengths)

@@ -21,7 +21,7 @@ from harmonic.config import Config, override
 from harmonic.kernels import linear_scan
 from harmonic.mesh import make_mesh
 from harmonic.models import HarmonicRNN
-from harmonic.train import init_state, make_train_step
+from harmonic.step import init_state, make_train_step
 from workflows import cli, stages
 
 _SUITES = ("scan", "train")

@@ -1,0 +1,168 @@
+"""The training step: laws 3, 6 and 7, and the recipe's arithmetic."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import MODEL, config, parameters
+
+from harmonic.config import MeshConfig
+from harmonic.mesh import make_mesh
+from harmonic.models import HarmonicRNN
+from harmonic.step import init_state, learning_rate, make_loss_and_grad, make_optimizer, make_train_step
+
+
+def random_batch(segments, batch, length, seed=0):
+    numbers = np.random.default_rng(seed)
+    tokens = numbers.integers(0, 256, (segments, batch, length, 1)).astype(np.uint8)
+    total = segments * length
+    lengths = np.array([total, total - 7, 5, 0] * (batch // 4 or 1), np.int32)[:batch]
+    return tokens, lengths, np.arange(batch, dtype=np.int32)
+
+
+def cut(tokens, segments):
+    """The same sequences in another number of segments."""
+    _, batch, _, channels = tokens.shape
+    return tokens.swapaxes(0, 1).reshape(batch, segments, -1, channels).swapaxes(0, 1)
+
+
+@functools.cache
+def loss_and_grad(data_axis, seq_axis):
+    model = HarmonicRNN(MODEL)
+    return jax.jit(make_loss_and_grad(model, make_mesh(MeshConfig(data_axis, seq_axis))))
+
+
+def assert_same(actual, expected, tolerance):
+    """Relative to the size of each array: single entries of a gradient may be nothing but rounding."""
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * float(np.abs(b).max()))
+
+
+PRECISIONS = [(jnp.float32, 1e-5), (jnp.float64, 1e-10)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
+@pytest.mark.parametrize("mesh", [(8, 1), (1, 8), (2, 4), (4, 2)])
+def test_sharding_is_invisible(x64, mesh, dtype, tolerance):
+    """Law 3, with dropout on."""
+    params, batch = parameters(dtype), random_batch(1, 8, 96)
+    key = jnp.array([3, 4], jnp.uint32)
+    expected = loss_and_grad(1, 1)(params, *batch, key)
+    assert_same(loss_and_grad(*mesh)(params, *batch, key), expected, tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
+@pytest.mark.parametrize("segments", [2, 8, 16])
+def test_segments_are_invisible(x64, segments, dtype, tolerance):
+    """Law 7: the gradient through segments is exact, down to one pooling product, dropout included."""
+    params, (tokens, lengths, rows) = parameters(dtype), random_batch(1, 4, 96)
+    key = jnp.array([3, 4], jnp.uint32)
+    expected = loss_and_grad(1, 1)(params, tokens, lengths, rows, key)
+    assert_same(loss_and_grad(1, 1)(params, cut(tokens, segments), lengths, rows, key), expected, tolerance)
+
+
+def test_segments_that_are_sharded(x64):
+    params, (tokens, lengths, rows) = parameters(jnp.float64), random_batch(1, 4, 96)
+    key = jnp.array([3, 4], jnp.uint32)
+    expected = loss_and_grad(1, 1)(params, tokens, lengths, rows, key)
+    assert_same(loss_and_grad(2, 4)(params, cut(tokens, 4), lengths, rows, key), expected, 1e-10)
+
+
+def test_loss_is_bits_per_unmasked_sample(x64):
+    """Against the definition, sample by sample, and blind to what stands behind a row's end."""
+    model, params = HarmonicRNN(MODEL), parameters(jnp.float64)
+    tokens, lengths, rows = random_batch(1, 4, 60)
+    loss, _ = loss_and_grad(1, 1)(params, tokens, lengths, rows, None)
+    logits, _ = model.apply(params, {"tokens": jnp.asarray(tokens[0])}, model.init_state(4, jnp.float64))
+    log_p = np.asarray(jax.nn.log_softmax(logits))[:, :, 0]
+    bits = [-log_p[b, t, tokens[0, b, t, 0]] / np.log(2) for b in range(4) for t in range(lengths[b])]
+    np.testing.assert_allclose(loss, np.mean(bits), rtol=1e-12)
+    behind = tokens.copy()
+    behind[0, 1, lengths[1] :] = 9
+    assert loss_and_grad(1, 1)(params, behind, lengths, rows, None)[0] == loss
+
+
+def test_memory_in_segments_grows_by_a_state_and_the_tokens():
+    """Law 7, read from the compiled program."""
+    model, params = HarmonicRNN(MODEL), parameters(jnp.float32)
+
+    def temporaries(segments):
+        shapes = random_batch(segments, 1, 600)
+        compiled = loss_and_grad(1, 1).lower(params, *shapes, jnp.zeros(2, jnp.uint32)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    short, long = temporaries(4), temporaries(40)
+    # Saved for each segment: the state, and at most the tokens and their masks again.
+    assert long - short <= 36 * (model.state_bytes() + 600 * 16), (short, long)
+    assert long < 1.5 * short
+
+
+def test_work_grows_linearly():
+    """Law 7, in operations of the compiled program: no part of it is quadratic in the length."""
+    params = parameters(jnp.float32)
+
+    def operations(length):
+        model = HarmonicRNN(MODEL)
+        function = jax.jit(lambda p, x: model.apply(p, {"tokens": x}, model.init_state(1))[0])
+        compiled = function.lower(params, jnp.zeros((1, length, 1), jnp.uint8)).compile()
+        return compiled.cost_analysis()["flops"]
+
+    # Loops are counted once: chunks of one length make the programs comparable.
+    assert operations(16 * 768) == pytest.approx(16 * operations(768), rel=0.35)
+
+
+def test_recipe():
+    """Warm-up, clipping and AdamW, against optax put together by hand."""
+    ours = config("train.learning_rate=0.01", "train.warmup_steps=4", "train.clip_norm=1")
+    rates = [float(learning_rate(ours)(s)) for s in range(6)]
+    np.testing.assert_allclose(rates, [0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01], rtol=1e-6)
+    params = {"w": jnp.array([1.0, -2.0])}
+    optimizer = make_optimizer(ours)
+    update, _ = optimizer.update({"w": jnp.array([30.0, 40.0])}, optimizer.init(params), params)
+    # Clipped to (0.6, 0.8); Adam's first step is the sign, and the weight decays beside it.
+    np.testing.assert_allclose(update["w"], -0.0025 * (np.array([1, 1]) + 1e-4 * np.array([1, -2])), rtol=1e-4)
+
+
+def step_once(ours, state, tokens, lengths, rows, step=0):
+    model = HarmonicRNN(ours.model)
+    function = make_train_step(model, ours, make_mesh(ours.mesh))
+    batch = {"tokens": tokens, "length": lengths, "row": rows}
+    return function(jax.tree.map(jnp.array, state), batch, jax.random.key(0), np.int32(step))
+
+
+def test_bad_updates_are_skipped_and_leave_everything_alone():
+    ours = config("train.skip_norm=1e-9")
+    model = HarmonicRNN(ours.model)
+    state = init_state(ours, model)
+    batch = random_batch(1, 4, 60)
+    after, metrics = step_once(ours, state, *batch)
+    assert metrics["skipped"] == 1 and metrics["streak"] == 1
+    jax.tree.map(np.testing.assert_array_equal, (after.params, after.ema), (state.params, state.ema))
+    jax.tree.map(np.testing.assert_array_equal, after.optimizer["adam"], state.optimizer["adam"])
+
+    broken = jax.tree.map(lambda v: v * jnp.nan, state.params)
+    ours = config()
+    after, metrics = step_once(ours, state._replace(params=broken), *batch)
+    assert np.isnan(metrics["loss"]) and metrics["skipped"] == 1
+    jax.tree.map(np.testing.assert_array_equal, after.ema, state.ema)
+    # A batch without a sample has no loss: skipped too.
+    _, metrics = step_once(ours, state, batch[0], np.zeros(4, np.int32), batch[2])
+    assert metrics["skipped"] == 1
+
+
+@pytest.mark.parametrize("debias", [False, True])
+def test_average_of_the_weights(debias):
+    ours = config("train.ema_decay=0.9", f"train.ema_debias={debias}")
+    state = init_state(ours, HarmonicRNN(ours.model))
+    expected, weights = state.params, []
+    for step in range(3):
+        state, _ = step_once(ours, state, *random_batch(1, 4, 60), step=step)
+        weights.append(state.params)
+        expected = optax.incremental_update(state.params, expected, 0.1)
+    if debias:
+        shares = np.array([0.81, 0.9, 1.0]) * 0.1 / (1 - 0.9**3)
+        expected = jax.tree.map(lambda *v: sum(s * w for s, w in zip(shares, v, strict=True)), *weights)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6), state.ema, expected)

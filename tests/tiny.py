@@ -1,0 +1,27 @@
+"""A model and a config that are small enough for every test."""
+
+import jax
+
+from harmonic.config import Config, ModelConfig, override
+from harmonic.models import HarmonicRNN
+
+MODEL = ModelConfig(
+    width=8, state_width=16, gate_blocks=4, pool_factors=(2, 3), blocks_per_level=1, pool_groups=2, dropout=0.2
+)
+
+
+def config(*assignments):
+    base = Config(name="tiny", model=MODEL)
+    return override(
+        base,
+        [
+            "data.dataset=tiny", "data.window_length=500", "train.global_batch_size=4", "train.steps=6",
+            "train.warmup_steps=2", "train.log_every=1", "train.validate_every=3", "train.checkpoint_every=2",
+            "evaluate.batch_size=3", "evaluate.segment_length=300", *assignments,
+        ],
+    )  # fmt: skip
+
+
+def parameters(dtype):
+    params = jax.jit(HarmonicRNN(MODEL).init)(jax.random.key(0))
+    return jax.tree.map(lambda v: v.astype(dtype), params)
