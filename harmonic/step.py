@@ -71,6 +71,7 @@ def nats_over_segments(
       rng: of dropout, its `chunk` 0.
       axis: the mesh axis that `segment_length` is cut over, inside `jax.shard_map`.
     """
+    weights = model.fuse(params)  # once for all segments
     segments, batch, local, _ = tokens.shape
     shards, shard = (jax.lax.axis_size(axis), jax.lax.axis_index(axis)) if axis else (1, 0)
     per_segment = local * shards
@@ -79,7 +80,7 @@ def nats_over_segments(
         piece, number = scanned
         chunk = number * (per_segment // model.multiple)
         segment_rng = None if rng is None else rng._replace(chunk=rng.chunk + chunk)
-        outputs, state = model.apply(params, {"tokens": piece}, state, rng=segment_rng, axis=axis)
+        outputs, state = model.apply(weights, {"tokens": piece}, state, rng=segment_rng, axis=axis)
         position = number * per_segment + shard * local + jnp.arange(local)
         mask = position < lengths[:, None]
         return state, -jnp.where(mask, model.log_prob(outputs, piece), 0).sum()

@@ -29,7 +29,7 @@ from harmonic.models.layers import Dropout
 Params = dict[str, Any]
 Inputs = dict[str, jax.Array]
 
-__all__ = ["Dropout", "HarmonicRNN", "Params", "State"]
+__all__ = ["Dropout", "HarmonicRNN", "Params", "State", "Weights"]
 
 
 class State(NamedTuple):
@@ -48,6 +48,22 @@ class State(NamedTuple):
     hidden: Pair
     pending: tuple[jax.Array, ...]
     collected: tuple[jax.Array, ...]
+
+
+class Weights(NamedTuple):
+    """Parameters as they are multiplied; `HarmonicRNN.fuse` makes them.
+
+    Attributes:
+      embedding: the embedding's parameters.
+      head: the layer to logits, behind `normalise`.
+      pools: by name, `down_pool_0`, ...
+      blocks: along a leading axis, or a list of blocks.
+    """
+
+    embedding: Any
+    head: layers.Dense
+    pools: dict[str, layers.Dense]
+    blocks: Any
 
 
 class _Part:
@@ -127,6 +143,29 @@ class HarmonicRNN:
             last["kernel"] = last["kernel"] * jnp.sqrt(scales)[:, None, None]
         return {**params, "blocks": blocks}
 
+    def fuse(self, params: Params | Weights) -> Weights:
+        """Layers that read the same input side by side, LayerNorms and gates within them.
+
+        `apply` and `step` do it for whoever does not; it pays to do it once for many calls.
+        """
+        if isinstance(params, Weights):
+            return params
+        return Weights(
+            embedding=params["embedding"],
+            head=self._head.bind(params["head"]).fuse(),
+            pools={name: part.bind(params[name]).fuse() for name, part in self._pools.items()},
+            blocks=jax.vmap(lambda block: self._block.bind(block).fuse())(params["blocks"]),
+        )
+
+    def unstack(self, params: Params | Weights) -> Weights:
+        """Weights with the blocks as a list: what `step` wants inside a loop, so that the loop need not cut the blocks
+        out of their stack for every sample."""
+        weights = self.fuse(params)
+        if isinstance(weights.blocks, list):
+            return weights
+        blocks = [jax.tree.map(lambda v, i=i: v[i], weights.blocks) for i in range(self.num_blocks)]
+        return weights._replace(blocks=blocks)
+
     def init_state(self, batch: int, dtype: jnp.dtype = jnp.float32) -> State:
         """The state before a recording: no past, and the middle token (128 of 256) for the newest."""
         width, channels = self.config.width, self.config.state_width // 2
@@ -146,12 +185,18 @@ class HarmonicRNN:
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
     def apply(
-        self, params: Params, inputs: Inputs, state: State, *, rng: Dropout | None = None, axis: str | None = None
+        self,
+        params: Params | Weights,
+        inputs: Inputs,
+        state: State,
+        *,
+        rng: Dropout | None = None,
+        axis: str | None = None,
     ) -> tuple[jax.Array, State]:
         """Logits of a segment.
 
         Args:
-          params: as `init` gives them.
+          params: as `init`, or `fuse`, gives them.
           inputs: `tokens` [batch, time, channels], the tokens to predict; time a multiple of `multiple`.
           state: at a pooling boundary.
           rng: of dropout; without it there is none.
@@ -163,6 +208,7 @@ class HarmonicRNN:
         Raises:
           ValueError: a length that pooling does not divide.
         """
+        weights = self.fuse(params)
         tokens = inputs["tokens"].astype(jnp.int32)
         time = tokens.shape[1]
         if time == 0 or time % self.multiple:
@@ -171,25 +217,25 @@ class HarmonicRNN:
         tokens = jnp.concatenate([before[:, None], tokens[:, :-1]], axis=1)
         if rng is not None and axis is not None:
             rng = rng._replace(chunk=rng.chunk + jax.lax.axis_index(axis) * (time // self.multiple))
-        x = self._embed(params, tokens, rng)
-        stacks = self._cut((params["blocks"], state.hidden))
+        x = self._embed(weights, tokens, rng)
+        stacks = self._cut((weights.blocks, state.hidden))
         hidden: dict[str, Pair] = {}
         pending: list[jax.Array] = []
         skips = []
         for level in range(len(self.config.pool_factors)):
             x, hidden[f"down_{level}"] = self._run(f"down_{level}", x, stacks, rng, axis)
             skips.append(x)
-            x = self._bind_pool(params, f"down_pool_{level}").down(x)
+            x = layers.pool_down(weights.pools[f"down_pool_{level}"], x)
         x, hidden["inner"] = self._run("inner", x, stacks, rng, axis)
         for level in reversed(range(len(self.config.pool_factors))):
-            raw = self._bind_pool(params, f"up_pool_{level}").up(x)
+            raw = layers.pool_up(weights.pools[f"up_pool_{level}"], x)
             edge = self.config.pool_factors[level] - 1
             due, carry = left_halo(raw[:, -edge:], state.pending[level], axis)
             pending.insert(0, carry)
             x = jnp.concatenate([due, raw[:, :-edge]], axis=1) + skips[level]
             x, hidden[f"up_{level}"] = self._run(f"up_{level}", x, stacks, rng, axis)
         joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(hidden[name] for name in self._stacks))
-        return self._logits(params, x), State(state.position, last, joined, tuple(pending), state.collected)
+        return self._logits(weights, x), State(state.position, last, joined, tuple(pending), state.collected)
 
     def _cut(self, tree: Any) -> dict[str, Any]:
         """Arrays over all blocks, cut into the stacks. The transpose of a split is one concatenation."""
@@ -204,51 +250,43 @@ class HarmonicRNN:
         # Only the input of each block is kept for the backward pass.
         @jax.checkpoint
         def body(x, scanned):
-            (block_params, h0), number = scanned
-            return self._block.bind(block_params)(x, h0, rng, number, self.multiple // stack.stride, axis)
+            (block, h0), number = scanned
+            per_chunk = self.multiple // stack.stride
+            return layers.run_block(
+                block, x, h0, rate=self.config.dropout, rng=rng, number=number, per_chunk=per_chunk, axis=axis
+            )
 
         return jax.lax.scan(body, x, (stacks[name], stack.first + jnp.arange(stack.blocks)))
 
-    def _embed(self, params: Params, tokens: jax.Array, rng: Dropout | None) -> jax.Array:
-        dtype = params["head"]["dense"]["kernel"].dtype
-        x = self._embedding.bind(params["embedding"])(tokens[..., 0], dtype)
+    def _embed(self, weights: Weights, tokens: jax.Array, rng: Dropout | None) -> jax.Array:
+        x = self._embedding.bind(weights.embedding)(tokens[..., 0], weights.head.kernel.dtype)
         return layers.dropout(x, self.config.embedding_dropout, rng, 2 * self.num_blocks, self.multiple)
 
-    def _bind_pool(self, params: Params, name: str) -> layers.Pool:
-        return self._pools[name].bind(params[name])
+    def _logits(self, weights: Weights, x: jax.Array) -> jax.Array:
+        return layers.dense(layers.normalise(x), *weights.head)[0][:, :, None]
 
-    def _logits(self, params: Params, x: jax.Array) -> jax.Array:
-        return self._head.bind(params["head"])(x)[:, :, None]
-
-    def unstack(self, params: Params) -> Params:
-        """Parameters with the blocks as a list: what `step` wants inside a loop, so that the loop need not cut the
-        blocks' weights out of their stack for every sample."""
-        blocks = [jax.tree.map(lambda v, i=i: v[i], params["blocks"]) for i in range(self.num_blocks)]
-        return {**params, "blocks": blocks}
-
-    def step(self, params: Params, inputs: Inputs, state: State) -> tuple[jax.Array, State]:
+    def step(self, params: Params | Weights, inputs: Inputs, state: State) -> tuple[jax.Array, State]:
         """Logits of the next sample.
 
         Levels run at their own rates: an inner one only when its down-pool is complete.
 
         Args:
-          params: as `init` or `unstack` gives them.
+          params: as `init`, `fuse` or `unstack` gives them.
           inputs: whatever conditions the model; nothing here.
           state: at any position, its `last` the newest token.
 
         Returns:
           (logits [batch, 1, channels, num_levels], state; its `last` is for the caller to set, by `observe`).
         """
-        if not isinstance(params["blocks"], list):
-            params = self.unstack(params)
-        x = self._embed(params, state.last[:, None], None)
+        weights = self.unstack(params)
+        x = self._embed(weights, state.last[:, None], None)
         factors = self.config.pool_factors
 
         def run(name: str, x: jax.Array, state: State) -> tuple[jax.Array, State]:
             stack, hidden = self._stacks[name], state.hidden
             for i in range(stack.first, stack.first + stack.blocks):
                 h0 = jax.tree.map(lambda v, i=i: v[i], hidden)
-                x, h_last = self._block.bind(params["blocks"][i])(x, h0, None, 0, 1, None)
+                x, h_last = layers.run_block(weights.blocks[i], x, h0)
                 hidden = jax.tree.map(lambda v, h, i=i: v.at[i].set(h), hidden, h_last)
             return x, state._replace(hidden=hidden)
 
@@ -266,9 +304,9 @@ class HarmonicRNN:
 
             def complete(x: jax.Array, state: State):
                 window = jnp.concatenate([state.collected[level], x], axis=1)
-                pooled = self._bind_pool(params, f"down_pool_{level}").down(window)
+                pooled = layers.pool_down(weights.pools[f"down_pool_{level}"], window)
                 inner, state = descend(level + 1, pooled, state)
-                raw = self._bind_pool(params, f"up_pool_{level}").up(inner)
+                raw = layers.pool_up(weights.pools[f"up_pool_{level}"], inner)
                 empty = jnp.zeros_like(state.collected[level])
                 return raw[:, :1], state._replace(
                     collected=_put(state.collected, level, empty), pending=_put(state.pending, level, raw[:, 1:])
@@ -279,7 +317,7 @@ class HarmonicRNN:
             return run(f"up_{level}", x + due, state)
 
         x, state = descend(0, x, state)
-        return self._logits(params, x), state._replace(position=(state.position + 1) % self.multiple)
+        return self._logits(weights, x), state._replace(position=(state.position + 1) % self.multiple)
 
     def observe(self, state: State, tokens: jax.Array) -> State:
         """The state once the sample that `step` predicted is known: tokens [batch, channels]."""

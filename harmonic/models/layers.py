@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from harmonic.config import ModelConfig
-from harmonic.kernels import Pair, linear_scan
+from harmonic.kernels import Pair, cg_lru
+from harmonic.kernels.dense import channelwise, dense, normalise
 
 _GATE_EXPONENT = 8.0
-_SQRT_GRADIENT = 200.0
 
 
 class Dropout(NamedTuple):
@@ -62,18 +62,6 @@ def residual_initializer(scale: float):
     return nnx.initializers.variance_scaling(scale, "fan_in", "normal")
 
 
-@jax.custom_jvp
-def bounded_sqrt(x: jax.Array) -> jax.Array:
-    """sqrt(x) whose derivative is at most 200: at |a| = 1 the true one is infinite, and training meets NaNs."""
-    return jnp.sqrt(x)
-
-
-@bounded_sqrt.defjvp
-def _bounded_sqrt_jvp(primals, tangents):
-    (x,), (dx,) = primals, tangents
-    return jnp.sqrt(x), dx * jax.lax.rsqrt(jnp.maximum(4 * x, 1 / _SQRT_GRADIENT**2))
-
-
 class BlockDiagonal(nnx.Module):
     """A dense layer whose matrix is block-diagonal: [..., blocks * in] -> [..., blocks * out]."""
 
@@ -82,11 +70,15 @@ class BlockDiagonal(nnx.Module):
         self.kernel = nnx.Param(initializer(rngs.params(), (blocks, inputs // blocks, outputs // blocks)))
         self.bias = nnx.Param(jnp.zeros((blocks, outputs // blocks)))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kernel, bias = self.kernel.get_value(), self.bias.get_value()
-        blocks = x.reshape(*x.shape[:-1], kernel.shape[0], kernel.shape[1])
-        y = jnp.einsum("...ki,kio->...ko", blocks, kernel) + bias
-        return y.reshape(*x.shape[:-1], -1)
+    def after(self, kernel: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The one dense layer (kernel, bias) that this one makes behind another."""
+        own, own_bias = self.kernel.get_value(), self.bias.get_value().ravel()
+
+        def product(x: jax.Array) -> jax.Array:
+            blocks = x.reshape(*x.shape[:-1], own.shape[0], own.shape[1])
+            return jnp.einsum("...ki,kio->...ko", blocks, own).reshape(*x.shape[:-1], -1)
+
+        return product(kernel), product(bias) + own_bias
 
 
 class CGLRU(nnx.Module):
@@ -109,21 +101,6 @@ class CGLRU(nnx.Module):
         self.angle = nnx.Param(jax.random.uniform(rngs.params(), (channels,), maxval=0.1 * math.pi))
         self.output = nnx.Linear(state, width, rngs=rngs)
 
-    def __call__(self, x: jax.Array, h0: Pair, axis: str | None) -> tuple[jax.Array, Pair]:
-        """x [batch, time, width], h0 [batch, channels] -> (y [batch, time, width], h_last)."""
-        u = self.input(x)
-        gate_in, gate_r = nnx.sigmoid(self.input_gate(u)), nnx.sigmoid(self.recurrence_gate(u))
-        log_a = -_GATE_EXPONENT * gate_r * nnx.softplus(self.log_decay.get_value())
-        angle = self.angle.get_value() * gate_r
-        magnitude = jnp.exp(log_a)
-        a = magnitude * jnp.cos(angle), magnitude * jnp.sin(angle)
-        # |a|^2 from its logarithm, never as the square of a complex number, and without cancellation near 1.
-        scale = bounded_sqrt(-jnp.expm1(2 * log_a)) * gate_in
-        channels = scale.shape[-1]
-        driven = scale * u[..., :channels], scale * u[..., channels:]
-        h, h_last = linear_scan(driven, a, h0, axis=axis)
-        return self.output(jnp.concatenate(h, axis=-1)), h_last
-
 
 class TemporalBlock(nnx.Module):
     """W_last(CG-LRU(LN(x)) * gelu(W_gate LN(x))): the branch, without dropout and the residual sum."""
@@ -134,11 +111,6 @@ class TemporalBlock(nnx.Module):
         self.recurrence = CGLRU(config, rngs=rngs)
         self.gate = nnx.Linear(width, width, rngs=rngs)
         self.last = nnx.Linear(width, width, kernel_init=residual_initializer(residual_scale), rngs=rngs)
-
-    def __call__(self, x: jax.Array, h0: Pair, axis: str | None) -> tuple[jax.Array, Pair]:
-        x = self.norm(x)
-        y, h_last = self.recurrence(x, h0, axis)
-        return self.last(y * nnx.gelu(self.gate(x))), h_last
 
 
 class MLPBlock(nnx.Module):
@@ -151,35 +123,101 @@ class MLPBlock(nnx.Module):
         self.gate = nnx.Linear(width, inner, rngs=rngs)
         self.last = nnx.Linear(inner, width, kernel_init=residual_initializer(residual_scale), rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.norm(x)
-        return self.last(self.up(x) * nnx.gelu(self.gate(x)))
+
+class Dense(NamedTuple):
+    """kernel [inputs, outputs] and bias [outputs]."""
+
+    kernel: jax.Array
+    bias: jax.Array
+
+
+def _linear(layer: nnx.Linear) -> Dense:
+    assert layer.bias is not None
+    return Dense(layer.kernel.get_value(), layer.bias.get_value())
+
+
+def _behind_norm(norm: nnx.LayerNorm, *layers: Dense) -> Dense:
+    """Layers side by side behind one LayerNorm, whose scale and bias go into them: a layer behind `normalise`."""
+    assert norm.scale is not None and norm.bias is not None
+    kernel = jnp.concatenate([layer.kernel for layer in layers], axis=1)
+    bias = jnp.concatenate([layer.bias for layer in layers])
+    return Dense(norm.scale.get_value()[:, None] * kernel, norm.bias.get_value() @ kernel + bias)
+
+
+class BlockWeights(NamedTuple):
+    """A block's parameters as they are multiplied: layers that read the same input lie side by side.
+
+    Attributes:
+      entry: LN(x) to [Re z | Im z | p_i | p_r | gate], the CG-LRU's input, the gates before their sigmoids, and the
+        temporal block's gate before its gelu.
+      decay, theta: [channels], 8 softplus(Lambda) and the angle.
+      read_re, read_im: the CG-LRU's output from Re h (with the bias) and from Im h.
+      last: the temporal block's W_last.
+      mlp: LN(x) to [up | gate].
+      mlp_last: the MLP block's W_last.
+    """
+
+    entry: Dense
+    decay: jax.Array
+    theta: jax.Array
+    read_re: Dense
+    read_im: jax.Array
+    last: Dense
+    mlp: Dense
+    mlp_last: Dense
 
 
 class Block(nnx.Module):
     """A temporal block and the MLP block behind it, each added to the residual stream after dropout."""
 
     def __init__(self, config: ModelConfig, residual_scale: float, *, rngs: nnx.Rngs):
-        self.rate = config.dropout
         self.temporal = TemporalBlock(config, residual_scale, rngs=rngs)
         self.mlp = MLPBlock(config, residual_scale, rngs=rngs)
 
-    def __call__(
-        self, x: jax.Array, h0: Pair, rng: Dropout | None, number: jax.Array | int, per_chunk: int, axis: str | None
-    ) -> tuple[jax.Array, Pair]:
-        """x [batch, time, width], h0 [batch, channels]; `number` keys its dropout. Returns (x, h_last)."""
-        branch, h_last = self.temporal(x, h0, axis)
-        x = x + dropout(branch, self.rate, rng, 2 * number, per_chunk)
-        x = x + dropout(self.mlp(x), self.rate, rng, 2 * number + 1, per_chunk)
-        return x, h_last
+    def fuse(self) -> BlockWeights:
+        """The block's parameters as `run_block` takes them."""
+        temporal, mlp = self.temporal, self.mlp
+        unit = temporal.recurrence
+        entry, output = _linear(unit.input), _linear(unit.output)
+        gates = [Dense(*gate.after(*entry)) for gate in (unit.input_gate, unit.recurrence_gate)]
+        channels = unit.angle.get_value().shape[0]
+        return BlockWeights(
+            entry=_behind_norm(temporal.norm, entry, *gates, _linear(temporal.gate)),
+            decay=_GATE_EXPONENT * nnx.softplus(unit.log_decay.get_value()),
+            theta=unit.angle.get_value(),
+            read_re=Dense(output.kernel[:channels], output.bias),
+            read_im=output.kernel[channels:],
+            last=_linear(temporal.last),
+            mlp=_behind_norm(mlp.norm, _linear(mlp.up), _linear(mlp.gate)),
+            mlp_last=_linear(mlp.last),
+        )
+
+
+def run_block(
+    weights: BlockWeights,
+    x: jax.Array,
+    h0: Pair,
+    *,
+    rate: float = 0.0,
+    rng: Dropout | None = None,
+    number: jax.Array | int = 0,
+    per_chunk: int = 1,
+    axis: str | None = None,
+) -> tuple[jax.Array, Pair]:
+    """x [batch, time, width], h0 [batch, channels] -> (x, h_last); `rate`, `rng`, `number`, `per_chunk` of dropout."""
+    width, channels = x.shape[-1], weights.theta.shape[0]
+    z_re, z_im, p_i, p_r, gate = dense(normalise(x), *weights.entry, (channels,) * 4 + (width,))
+    h, h_last = cg_lru((z_re, z_im), (p_i, p_r), weights.decay, weights.theta, h0, axis=axis)
+    (y,) = dense(h[0], *weights.read_re)
+    (branch,) = dense((y + h[1] @ weights.read_im) * nnx.gelu(gate), *weights.last)
+    x = x + dropout(branch, rate, rng, 2 * number, per_chunk)
+    up, gate = dense(normalise(x), *weights.mlp, (2 * width,) * 2)
+    (branch,) = dense(up * nnx.gelu(gate), *weights.mlp_last)
+    return x + dropout(branch, rate, rng, 2 * number + 1, per_chunk), h_last
 
 
 class Pool(nnx.Module):
-    """Grouped pooling by a factor f: kernel [f, width / groups, width], its last axis ordered by groups.
-
-    `down` is a convolution with kernel and stride f. `up` spreads each pooled step over f: the input-dilated
-    convolution, whose output s is v[s // f] w[f - 1 - s mod f]; the caller delays it by f - 1, which makes it causal.
-    """
+    """Grouped pooling by a factor f: kernel [f, width / groups, width], its last axis ordered by groups."""
 
     def __init__(self, config: ModelConfig, factor: int, initializer, *, rngs: nnx.Rngs):
         group = config.width // config.pool_groups
@@ -187,27 +225,42 @@ class Pool(nnx.Module):
         self.kernel = nnx.Param(initializer(rngs.params(), shape))
         self.bias = nnx.Param(jnp.zeros(config.width))
 
-    def down(self, x: jax.Array) -> jax.Array:
-        """[batch, time * f, width] -> [batch, time, width]."""
+    def fuse(self) -> Dense:
+        """kernel [f, width] where each feature is pooled alone, else [f, width, width] with zeros between groups."""
         kernel, bias = self.kernel.get_value(), self.bias.get_value()
         factor, group, width = kernel.shape
-        x = x.reshape(x.shape[0], -1, factor, width)
         if group == 1:
-            return (x * kernel[:, 0]).sum(2) + bias
-        x = x.reshape(*x.shape[:3], width // group, group)
-        y = jnp.einsum("btfgi,figo->btgo", x, kernel.reshape(factor, group, width // group, group))
-        return y.reshape(*y.shape[:2], width) + bias
+            return Dense(kernel[:, 0], bias)
+        groups = width // group
+        blocks = kernel.reshape(factor, 1, group, groups, group) * jnp.eye(groups)[:, None, :, None]
+        return Dense(blocks.reshape(factor, width, width).astype(kernel.dtype), bias)
 
-    def up(self, v: jax.Array) -> jax.Array:
-        """[batch, time, width] -> [batch, time * f, width], not yet delayed."""
-        kernel, bias = self.kernel.get_value()[::-1], self.bias.get_value()
-        factor, group, width = kernel.shape
-        if group == 1:
-            y = v[:, :, None] * kernel[:, 0]
-        else:
-            v = v.reshape(*v.shape[:2], width // group, group)
-            y = jnp.einsum("btgi,figo->btfgo", v, kernel.reshape(factor, group, width // group, group))
-        return y.reshape(y.shape[0], -1, width) + bias
+
+def pool_down(weights: Dense, x: jax.Array) -> jax.Array:
+    """[batch, time * f, width] -> [batch, time, width]: a convolution with kernel and stride f."""
+    kernel, bias = weights
+    factor, width = kernel.shape[0], kernel.shape[-1]
+    x = x.reshape(x.shape[0], -1, factor, width)
+    if kernel.ndim == 2:
+        first = jnp.zeros_like(kernel).at[0].set(bias)
+        return channelwise(x, kernel, first).sum(2)
+    return dense(x.reshape(*x.shape[:2], -1), kernel.reshape(-1, width), bias)[0]
+
+
+def pool_up(weights: Dense, v: jax.Array) -> jax.Array:
+    """[batch, time, width] -> [batch, time * f, width]: each pooled step spread over f.
+
+    The input-dilated convolution, whose output s is v[s // f] w[f - 1 - s mod f]; the caller delays it by f - 1, which
+    makes it causal.
+    """
+    kernel, bias = weights.kernel[::-1], weights.bias
+    factor, width = kernel.shape[0], kernel.shape[-1]
+    if kernel.ndim == 2:
+        spread = jnp.broadcast_to(v[:, :, None], (*v.shape[:2], factor, width))
+        y = channelwise(spread, kernel, jnp.broadcast_to(bias, kernel.shape))
+    else:
+        (y,) = dense(v, kernel.swapaxes(0, 1).reshape(width, -1), jnp.tile(bias, factor))
+    return y.reshape(v.shape[0], -1, width)
 
 
 class SinusoidalEmbedding(nnx.Module):
@@ -254,5 +307,6 @@ class Head(nnx.Module):
         self.norm = nnx.LayerNorm(config.width, rngs=rngs)
         self.dense = nnx.Linear(config.width, num_levels, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.dense(self.norm(x))
+    def fuse(self) -> Dense:
+        """The layer behind `normalise`."""
+        return _behind_norm(self.norm, _linear(self.dense))

@@ -1,0 +1,74 @@
+"""The scan on GPU, through Triton: a thread a channel, chunks of time side by side.
+
+Triton rather than Mosaic GPU, which `pl.pallas_call` takes by default and warns about: there is no matrix product here
+and nothing to stage in shared memory, and Triton also knows GPUs older than Hopper. Programs are plain loops over
+global memory; blocks are windows, not copies, so that a chunk may be of any length.
+"""
+
+from __future__ import annotations
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from harmonic.kernels.pallas_scan import Tiling
+
+# By arithmetic, not by measurement: 500 threads on each of some 130 processors, with the loads of four rows of four
+# arrays in flight each, are 30 KB a processor, about what bandwidth times latency asks for. A chunk much shorter than
+# `_SHORTEST` does not earn its step in the walk over the chunks.
+_THREADS = 2**16
+_SHORTEST = 64
+
+
+class _GpuTiling(Tiling):
+    in_order = False
+
+    def __init__(self, batch: int, time: int, channels: int, chunks: int | None, interpret: bool):
+        super().__init__(batch, time, channels)
+        if chunks is None:
+            chunks = max(1, min(_THREADS // (batch * channels), time // _SHORTEST))
+        self.length = pl.cdiv(time, chunks)
+        self.chunks = self.blocks = pl.cdiv(time, self.length)
+        self.width = min(128, pl.next_power_of_2(channels))  # Triton's tensors are powers of two
+        self.row = (self.width,)
+        self.grid = (batch, pl.cdiv(channels, self.width), self.chunks)
+        warps = max(1, self.width // 32)
+        self.options = {"interpret": interpret, "compiler_params": plt.CompilerParams(num_warps=warps)}
+
+    def arrange(self, v):
+        return v
+
+    def restore(self, v):
+        return v
+
+    def specs(self, reverse):
+        step = pl.BlockSpec((None, self.length, self.width), lambda b, c, k: (b, k, c))
+        chunk = pl.BlockSpec((None, None, self.width), lambda b, c, k: (b, k, c))
+        return step, chunk, chunk
+
+    def parameter(self, v):
+        return v, pl.BlockSpec((self.width,), lambda b, c, k: (c,))
+
+    def mask(self):
+        if self.channels % self.width == 0:
+            return None
+        return pl.program_id(1) * self.width + jax.lax.iota("int32", self.width) < self.channels
+
+    def load(self, ref, mask, *at):
+        return ref[at or ...] if mask is None else plt.load(ref.at[at or ...], mask=mask, other=0.0)
+
+    def store(self, ref, mask, value, *at):
+        if mask is None:
+            ref[at or ...] = value
+        else:
+            plt.store(ref.at[at or ...], value, mask=mask)
+
+
+def tile(batch: int, time: int, channels: int, chunks: int | None = None) -> Tiling:
+    """The tiling of [batch, time, channels] on GPU, into `chunks` or as many as fill the device."""
+    return _GpuTiling(batch, time, channels, chunks, interpret=False)
+
+
+def tile_interpreted(batch: int, time: int, channels: int, chunks: int | None = None) -> Tiling:
+    """`tile`, for Pallas' interpreter: runs anywhere, slowly."""
+    return _GpuTiling(batch, time, channels, chunks, interpret=True)
