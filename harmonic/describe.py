@@ -7,8 +7,11 @@ from typing import Any
 
 import jax
 
+from harmonic import program
 from harmonic.config import Config
 from harmonic.models import HarmonicRNN
+
+_NUMBER = 4  # bytes of a float32 and of a token that is sent
 
 
 def count(tree: Any) -> int:
@@ -21,7 +24,7 @@ def describe(config: Config) -> dict[str, Any]:
 
     Returns:
       {"parameters": {"total", "by_part"}, "blocks", "pooling_product", "state_bytes" (of one stream), "training"
-      (samples of a window and of a step, segments)}.
+      (samples of a window and of a step, segments), "communication" (as `communication` gives it)}.
     """
     model = HarmonicRNN(config.model, config.data.num_levels)
     params = jax.eval_shape(model.init, jax.random.key(0))
@@ -55,4 +58,77 @@ def describe(config: Config) -> dict[str, Any]:
             "segments": segments,
             "segment_length": length,
         },
+        "communication": communication(config),
+    }
+
+
+def communication(config: Config) -> dict[str, Any]:
+    """Bytes that one device sends in a training step on the config's mesh, by formula; counted as
+    `program.Collective.sent_bytes` does. None of them depends on the length of a segment.
+
+    What is sent forward is sent again where the backward pass makes activations anew: in each block, and with several
+    segments in each segment. Only between segments does a state have to be told to all shards.
+
+    Returns:
+      {"layer" (each CG-LRU), "token_edge", "pool_edge_<i>" (from the outermost): each {"forward", "backward"} for one
+      segment; "layers", "edges" and "segment": sums of these over the model, for one segment; "gradients": the sum of
+      the loss and the weights' gradients, and the number of samples, once a step; "step": all of a step}.
+    """
+    model, shards, segments = config.model, config.mesh.seq, config.segments[0]
+    rows, several = config.train.global_batch_size // config.mesh.data, segments > 1
+
+    def broadcast(size: int, among: int = shards) -> int:
+        return -(-2 * (among - 1) * size // among)
+
+    def edge(size: int, carry: bool) -> dict[str, int]:
+        """A halo of `size` bytes; `carry`: its transposes are sent too, which tokens have none of."""
+        if shards == 1:
+            return {"forward": 0, "backward": 0}
+        last = broadcast(size) if several else 0
+        return {"forward": size + last, "backward": size * several + (size + last) * carry}
+
+    state = 2 * rows * (model.state_width // 2) * _NUMBER
+    gathered = (shards - 1) * 2 * state  # of a map: its product, and the state it leaves
+    last = broadcast(state) if several else 0
+    layer = {"forward": gathered, "backward": gathered * (2 + several) + last}
+    edges = {"token_edge": edge(rows * _NUMBER, carry=False)}
+    for level, factor in enumerate(model.pool_factors):
+        edges[f"pool_edge_{level}"] = edge((factor - 1) * rows * model.width * _NUMBER, carry=True)
+
+    harmonic = HarmonicRNN(model, config.data.num_levels)
+    weights = count(jax.eval_shape(harmonic.init, jax.random.key(0)))
+    in_layers = harmonic.num_blocks * sum(layer.values())
+    in_edges = sum(sum(e.values()) for e in edges.values())
+    gradients = broadcast((weights + 1) * _NUMBER, shards * config.mesh.data) + broadcast(_NUMBER, config.mesh.data)
+    return {
+        "layer": layer,
+        **edges,
+        "layers": in_layers,
+        "edges": in_edges,
+        "segment": in_layers + in_edges,
+        "gradients": gradients,
+        "step": segments * (in_layers + in_edges) + gradients,
+    }
+
+
+def sent(compiled: jax.stages.Compiled | str, config: Config) -> dict[str, int]:
+    """What `communication` foretells, read from a compiled training step, or from its loss and gradient alone.
+
+    Blocks are told from edges by the loop over the blocks of a level, which XLA unrolls where it has one block: their
+    exchanges then count among the edges.
+
+    Returns:
+      {"layers", "edges", "segment", "gradients", "step"}.
+    """
+    found, segments = program.collectives(compiled), config.segments[0]
+    # JAX names after `jvp` what is differentiated, and its transpose; gradients are summed outside.
+    differentiated = [c for c in found if "jvp(" in c.op_name]
+    looped = [c for c in differentiated if len(c.loops) > (segments > 1)]
+    inside, layers = program.sent_bytes(differentiated), program.sent_bytes(looped) // segments
+    return {
+        "layers": layers,
+        "edges": inside // segments - layers,
+        "segment": inside // segments,
+        "gradients": program.sent_bytes(found) - inside,
+        "step": program.sent_bytes(found),
     }

@@ -16,8 +16,8 @@ ALLOWED = {
     "workflows": {"workflows", "pipelines", "configs", "harmonic"},
 }
 # Within the library: who stands below whom. A part imports only what stands before it.
-ORDER = """errors audio records config mesh kernels models data metrics checkpoint describe evaluate generate step train
-    report_page report""".split()
+ORDER = """errors audio records config processes mesh kernels models data metrics checkpoint program describe evaluate
+    generate step train report_page report_plots report""".split()
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 MAINS = [p for p in FILES if "__main__" in p.read_text()]
 

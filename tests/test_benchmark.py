@@ -1,0 +1,83 @@
+"""The benchmark's suites, at sizes at which their figures mean nothing but are all there."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+from tiny import config as tiny_config
+
+from harmonic.config import MeshConfig, load_config
+from workflows import bench_scaling, bench_scan, bench_train
+
+SMALL = ("model.pool_factors=()", "model.blocks_per_level=2")
+
+
+def is_figure(value):
+    return isinstance(value, (int, float)) and math.isfinite(value) and value > 0
+
+
+def test_scan_suite():
+    (row,) = bench_scan.suite([(1, 64, 4)])
+    figures = ("steps_per_second", "over_streaming_bound", "faster_than_associative")
+    assert row["shape"] == [1, 64, 4] and all(is_figure(row[name]) for name in figures)
+
+
+def test_train_suite():
+    (row,) = bench_train.suite(tiny_config(*SMALL), batch=2, length=30)
+    assert row.pop("config") == "tiny" and row.pop("shape") == [2, 30]
+    assert {"samples_per_second", "of_matrix_rate", "compile_seconds", "temporary_bytes"} < row.keys()
+    assert all(map(is_figure, row.values()))
+
+
+def test_dense_operations_of_the_papers_model():
+    """5.48 M operations a sample forward, of which the scan and elementwise functions are a few per cent."""
+    assert bench_train.dense_operations(load_config("sc09")) == pytest.approx(5.48e6, rel=0.05)
+
+
+def test_scaling_rows(tmp_path):
+    """Sharded as on one device, in loss and gradient; what is sent is what was foretold."""
+    ours = tiny_config(*SMALL, "data.window_length=140", "train.segment_length=72", "train.global_batch_size=8")
+    rows = [
+        bench_scaling.measure(dataclasses.replace(ours, mesh=MeshConfig(*mesh)), tmp_path / "reference.npz")
+        for mesh in ((1, 1), (2, 3))
+    ]
+    for row in rows:
+        assert row["segments"] == [2, 72] and row["shape"] == [8, 140] and row["processes"] == 1
+        assert row["loss_difference"] < 1e-5 and row["gradient_difference"] < 1e-5
+        # Sums of several arrays are rounded up to whole bytes once, not one by one.
+        assert row["sent_bytes"]["step"] == pytest.approx(row["foretold_bytes"], rel=1e-3)
+    one, six = rows
+    assert one["over_even_share"] == 1 and one["loss_difference"] == one["gradient_difference"] == 0
+    assert set(one["sent_bytes"].values()) == {0} and all(map(is_figure, six["sent_bytes"].values()))
+    assert six["temporary_bytes"] < one["temporary_bytes"]
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+def test_a_mesh_that_is_none_is_refused():
+    ended = run("workflows.scaling_rows", "--meshes=2x")
+    assert ended.returncode == 2 and "--meshes=2x" in ended.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_scaling_suite_in_one_process_and_in_two():
+    assignments = (*SMALL, "model.width=8", "model.state_width=16", "model.pool_groups=2", "model.gate_blocks=4")
+    flags = [f"--set={assignment}" for assignment in assignments]
+    ended = run("workflows.benchmark", "--suite=scaling", "--config=demo", "--length=48", *flags)
+    assert ended.returncode == 0, ended.stderr
+    rows = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert [(row["processes"], row["mesh"]) for row in rows] == [
+        (processes, [int(n) for n in name.split("x")])
+        for processes, names in bench_scaling.SETTINGS
+        for name in names
+    ]  # fmt: skip
+    for row in rows:
+        assert row["suite"] == "scaling" and row["platform"].startswith("cpu")
+        assert row["loss_difference"] < 1e-5 and row["gradient_difference"] < 1e-5
+        assert row["sent_bytes"]["step"] == row["foretold_bytes"]
