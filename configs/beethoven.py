@@ -16,6 +16,6 @@ def get_config() -> Config:
         name="beethoven",
         data=DataConfig(dataset="beethoven", encoding="linear", window_length=128_000),
         train=TrainConfig(steps=59_500, validate_every=119, checkpoint_every=119),
-        evaluate=EvaluateConfig(segment_length=32_000),
+        evaluate=EvaluateConfig(segment_length=32_000, context_seconds=(1.0, 8.0)),
         generate=GenerateConfig(num_samples=8, seconds=16.0, prompt_seconds=4.0),
     )

@@ -17,6 +17,6 @@ def get_config() -> Config:
         name="youtubemix",
         data=DataConfig(dataset="youtubemix", encoding="mu_law", window_length=960_512),
         train=TrainConfig(steps=3_500, segment_length=16_000, validate_every=35, checkpoint_every=35),
-        evaluate=EvaluateConfig(segment_length=32_000),
+        evaluate=EvaluateConfig(segment_length=32_000, context_seconds=(1.0, 8.0, 60.0)),
         generate=GenerateConfig(num_samples=8, seconds=60.0, prompt_seconds=8.0),
     )

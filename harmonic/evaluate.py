@@ -67,6 +67,7 @@ def evaluate_split(
     *,
     reset_every: int = 0,
     limit: int = 0,
+    shard: tuple[int, int] = (0, 1),
     show_progress: bool = False,
 ) -> Likelihood:
     """The likelihood of a split's recordings (their first `data.crop_length` samples, if that is set).
@@ -77,6 +78,7 @@ def evaluate_split(
       config: for `data.crop_length`, `evaluate.batch_size` and `evaluate.segment_length`.
       reset_every: forget the past every that many samples, for windowed figures; 0 for never.
       limit: look only at that many recordings, spread over the split; 0 for all.
+      shard: (i, n): only the i-th of n shares, which together are the whole: its nats and its samples.
 
     Raises:
       UserError: the model gives a likelihood that is not finite.
@@ -87,14 +89,14 @@ def evaluate_split(
         longest = min(longest, bound or longest)
     wanted = min(config.evaluate.segment_length, longest)
     segment_length = -(-wanted // model.multiple) * model.multiple
-    batch_size = (
-        min(config.evaluate.batch_size, len(split.recordings)) if not reset_every else config.evaluate.batch_size
-    )
+    lengths = np.minimum(split.lengths, config.data.crop_length or split.lengths)
+    rows = int((-(-lengths // longest)).sum())
+    batch_size = min(config.evaluate.batch_size, rows)
     segment = _segment_function(model)
     nats, samples = 0.0, 0
     recordings = min(limit, len(split.recordings)) if limit else len(split.recordings)
-    lengths = np.minimum(split.lengths, config.data.crop_length or split.lengths)
-    progress = Progress("evaluate", int(lengths.sum()), unit="sample", rate_unit="samples") if show_progress else None
+    title = f"evaluate (reset every {reset_every:,})" if reset_every else "evaluate"
+    progress = Progress(title, int(lengths.sum()), unit="sample", rate_unit="samples") if show_progress else None
     for batch in evaluation_batches(
         split,
         batch_size=batch_size,
@@ -102,6 +104,7 @@ def evaluate_split(
         crop_length=config.data.crop_length,
         reset_every=reset_every,
         limit=limit,
+        shard=shard,
     ):
         state = model.init_state(batch_size, jax.tree.leaves(params)[0].dtype)
         left = batch.lengths.copy()

@@ -22,6 +22,7 @@ import numpy as np
 from harmonic import audio
 from harmonic.errors import UserError
 from harmonic.report_page import SCRIPT, STYLE
+from harmonic.report_plots import Chart, percent, smooth, spectrogram_png, spread, ticks, waveform_svg
 
 # Test bits per sample as published: (model, parameters, bits per sample).
 PUBLISHED = {
@@ -80,6 +81,7 @@ def build_report(workdir: str | os.PathLike[str]) -> Path:
     sections = [
         _outcome(name, dataset, split, result, metrics),
         _learning(config, metrics, result),
+        _context(split, result),
         _listening(folder / "samples", samples),
         _published(dataset, split, result, summary),
         _figures(evaluation, samples, summary, metrics),
@@ -189,10 +191,6 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _percent(fraction: float) -> str:
-    return f"{100 * min(max(fraction, 0.0), 1.0):.2f}%"
-
-
 def _table(caption: str, head: list[str], rows: list[list[str]], ours: int | None = None) -> str:
     """A table of plain text; every column but the first holds figures, row `ours` stands out."""
     if not rows:
@@ -235,7 +233,7 @@ def _outcome(name: str, dataset: str, split: str, result: Json, metrics: list[Js
     bars = "".join(
         f'<span>{label}</span><svg width="100%" height="10" role="img" aria-label="{level:.3f}">'
         '<rect class="track" width="100%" height="10" rx="2"/>'
-        f'<rect width="{_percent(level / top)}" height="10" rx="2"/></svg>\n'
+        f'<rect width="{percent(level / top)}" height="10" rx="2"/></svg>\n'
         for label, level in rows
     )
     phrases = {  # key in evaluation.json: how to say it
@@ -269,72 +267,64 @@ def _learning(config: Json, metrics: list[Json], result: Json) -> str:
     low, high = low - 0.06 * (high - low) - 0.05, high + 0.08 * (high - low) + 0.05
     right = 1.015 * max([1.0, steps[-1], *checked])
 
-    def y(bits: float) -> float:
-        return (high - bits) / (high - low)
-
-    def curve(values: np.ndarray, kind: str) -> str:
-        keep = _spread(len(steps), 600)
-        points = " ".join(f"{1000 * steps[i] / right:.1f},{1000 * y(values[i]):.1f}" for i in keep)
-        return f'<polyline class="{kind}" points="{points}"/>\n'
-
-    shapes, labels = "", ""
-    for tick in _ticks(low, high, 6):
-        shapes += f'<path class="grid" d="M0 {1000 * y(tick):.1f}H1000"/>\n'
-        labels += f'<span class="y" style="top:{_percent(y(tick))}">{tick:,.10g}</span>\n'
-    for tick in _ticks(0.0, right, 5):
-        if tick == round(tick):
-            kind, left = "x end" if tick > 0.9 * right else "x", _percent(tick / right)
-            labels += f'<span class="{kind}" style="left:{left}">{tick:,.0f}</span>\n'
-    above = math.inf
-    for label, _, level in baselines:
-        # Of two levels that are close, the lower one's label hangs below its line.
-        kind = "name below" if above - level < 0.08 * (high - low) else "name"
-        shapes += f'<path class="base" d="M0 {1000 * y(level):.1f}H1000"/>\n'
-        top = _percent(y(level))
-        labels += f'<span class="{kind}" style="top:{top}">{label} {level:.3f}</span>\n'
-        above = level
-    smooth = _smooth(losses)
-    shapes += curve(losses, "raw") + curve(smooth, "smooth")
-    for i in _spread(len(checked), 60):
-        at = f"{1000 * checked[i] / right:.1f} {1000 * y(validation[i]):.1f}"
-        shapes += f'<path class="dot" d="M{at}h.01"/>\n'
+    chart = Chart((0.0, right), (low, high))
+    chart.axes([tick for tick in ticks(0.0, right, 5) if tick == round(tick)], ticks(low, high, 6))
+    chart.levels((label, level) for label, _, level in baselines)
+    smoothed, keep, few = smooth(losses), spread(len(steps), 600), spread(len(checked), 60)
+    chart.line(steps[keep], losses[keep], "raw")
+    chart.line(steps[keep], smoothed[keep], "smooth")
+    chart.dots(checked[few], validation[few])
 
     legend = '<span class="k-raw">training loss</span><span class="k-smooth">smoothed</span>'
     legend += '<span class="k-dot">validation</span>' if len(checked) else ""
     legend += '<span class="k-base">baselines</span>' if baselines else ""
     planned = _number(_section(config, "train"), "steps")
     state = f"Step {steps[-1]:,.0f}{f' of {planned:,.0f}' if planned else ''}; "
-    state += f"smoothed training loss {smooth[-1]:.3f}"
+    state += f"smoothed training loss {smoothed[-1]:.3f}"
     if len(checked):
         state += f"; validation {validation[-1]:.3f}, at best {validation.min():.3f}"
-    return _block(
-        "Learning",
-        f'<p class="legend">{legend}</p>\n<p class="unit">bits per sample</p>\n'
-        '<div class="chart"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" '
-        f'aria-label="Loss in bits per sample against the training step">\n{shapes}</svg>\n'
-        f'{labels}</div>\n<p class="unit right">training step</p>\n<p class="fine">{state}.</p>\n',
+    drawn = chart.html("Loss in bits per sample against the training step", "training step")
+    return _block("Learning", f'<p class="legend">{legend}</p>\n{drawn}<p class="fine">{state}.</p>\n')
+
+
+def _context(split: str, result: Json) -> str:
+    listed = result.get("contexts")
+    found = [
+        (_number(row, "context_seconds"), _number(row, "bits_per_sample"), row.get("whole") is True)
+        for row in (listed if isinstance(listed, list) else [])
+        if isinstance(row, dict)
+    ]
+    rows = sorted((at, bits, whole) for at, bits, whole in found if at is not None and at > 0 and bits is not None)
+    if len(rows) < 2:
+        return ""
+    seconds, levels, whole = zip(*rows, strict=True)
+    low, high = min(levels), max(levels)
+    low, high = low - 0.08 * (high - low) - 0.002, high + 0.08 * (high - low) + 0.002
+    left, right = seconds[0] / 1.3, seconds[-1] * 1.3
+    chart = Chart((left, right), (low, high), logarithmic=True)
+    marks = [seconds[0]]
+    for at in seconds[1:]:
+        # Room for the labels: a tenth of the axis.
+        marks += [at] if at > marks[-1] * (right / left) ** 0.1 else []
+    chart.axes([float(f"{at:.3g}") for at in marks], ticks(low, high, 6))
+    chart.line(seconds, levels, "smooth")
+    chart.dots(seconds, levels)
+    drawn = chart.html("Bits per sample against the seconds of context", "seconds of context, on a logarithmic scale")
+    note = (
+        "Recordings are cut into pieces of that length, each evaluated without what came before it, and every sample "
+        "counts once: those at the beginning of a piece have hardly any past, those at its end nearly all of it. Whole "
+        "recordings come last."
     )
-
-
-def _spread(length: int, most: int) -> np.ndarray:
-    """Indices of at most `most` of `length` points, evenly spread, both ends included."""
-    return np.linspace(0, length - 1, min(length, most)).astype(int)
-
-
-def _ticks(low: float, high: float, most: int) -> list[float]:
-    """Round numbers from `low` to `high`, `most` steps apart at most."""
-    magnitude = 10.0 ** math.floor(math.log10((high - low) / most))
-    step = next(m * magnitude for m in (1, 2, 5, 10) if (high - low) / (m * magnitude) <= most)
-    return [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """A moving average over an eighth of a curve; shorter at its start, where the loss falls."""
-    index = np.arange(len(values))
-    half = np.minimum(max(1, len(values) // 16), index // 2)
-    first, last = index - half, np.minimum(index + half + 1, len(values))
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    return (total[last] - total[first]) / (last - first)
+    table = _table(
+        f"Bits per sample on the {split} split, by context",
+        ["Context", "Bits per sample", "Above whole"],
+        [
+            [f"{at:,.5g} s{' (whole)' if all_of_it else ''}", f"{bits:.3f}", f"{bits - levels[-1]:+.3f}"]
+            for at, bits, all_of_it in rows
+        ],
+        whole.index(True) if True in whole else None,
+    )
+    return _block("What context is worth", f'{drawn}<p class="fine">{note}</p>\n<div class="below">{table}</div>\n')
 
 
 def _listening(folder: Path, samples: Json) -> str:
@@ -384,7 +374,7 @@ def _card(folder: Path, entry: Json) -> str:
     if entry.get("kind") != "continuation":
         prompt = 0.0
     if prompt > 0:
-        left = _percent(prompt / seconds)
+        left = percent(prompt / seconds)
         mark = f'<i class="mark" style="left:{left}"></i>'
         label = f'<b style="left:{left}">{prompt:.2f} s</b>'
         origin = f"Prompt: {origin}"
@@ -392,56 +382,11 @@ def _card(folder: Path, entry: Json) -> str:
         f'<figure class="card">\n<figcaption><strong>{title}</strong><span>{facts}</span>'
         f'</figcaption>\n<audio controls preload="metadata" aria-label="{title}" '
         f'src="data:audio/wav;base64,{base64.b64encode(content).decode()}"></audio>\n'
-        f'<div class="views">{_waveform(waveform, prompt / seconds)}<img alt="Log-mel spectrogram" '
-        f'src="data:image/png;base64,{_spectrogram(waveform, rate)}">{mark}'
+        f'<div class="views">{waveform_svg(waveform, prompt / seconds)}<img alt="Log-mel spectrogram" '
+        f'src="data:image/png;base64,{spectrogram_png(waveform, rate)}">{mark}'
         f'<i class="playhead"></i></div>\n<div class="axis"><span>0</span>{label}'
         f'<span>{seconds:.2f} s</span></div>\n<p class="origin">{_text(origin)}</p>\n</figure>\n'
     )
-
-
-def _waveform(waveform: np.ndarray, prompt: float, columns: int = 240) -> str:
-    """The envelope of a waveform as inline SVG; its first part, the prompt's, in grey."""
-    starts = np.linspace(0, len(waveform), columns, endpoint=False).astype(int)
-    top = 50 - 48 * np.maximum.reduceat(waveform, starts)
-    bottom = np.maximum(50 - 48 * np.minimum.reduceat(waveform, starts), top + 1)
-    split = round(min(prompt, 1.0) * columns)
-    paths = ""
-    # The second part starts a column early, so that the two touch.
-    for kind, part in (("given", range(split)), ("made", range(max(split - 1, 0), columns))):
-        outline = [f"{i} {top[i]:.1f}" for i in part]
-        outline += [f"{i} {bottom[i]:.1f}" for i in reversed(part)]
-        paths += f'<path class="{kind}" d="M{"L".join(outline)}Z"/>' if outline else ""
-    return (
-        f'<svg viewBox="0 0 {columns - 1} 100" preserveAspectRatio="none" role="img" '
-        f'aria-label="Waveform">{paths}</svg>'
-    )
-
-
-def _spectrogram(waveform: np.ndarray, sample_rate: int, columns: int = 400) -> str:
-    """A log-mel spectrogram, at most `columns` pixels wide, as a PNG in base64."""
-    import librosa
-    from matplotlib import colormaps, image
-
-    window = 1024
-    # Frames overlap however long the recording is; those that share a column are averaged.
-    hop = min(max(len(waveform) // columns, 64), window // 2)
-    padded = np.pad(waveform, (0, max(0, window - len(waveform))))
-    power = librosa.feature.melspectrogram(
-        y=padded,
-        sr=sample_rate,
-        n_fft=window,
-        hop_length=hop,
-        n_mels=64,
-    )
-    power = power[:, : max(1, len(waveform) // hop)]
-    starts = np.arange(0, power.shape[1], math.ceil(power.shape[1] / columns))
-    power = np.add.reduceat(power, starts, axis=1) / np.diff(starts, append=power.shape[1])
-    decibels = librosa.power_to_db(power, ref=np.max)
-    colours = colormaps["magma"](np.clip(1 + decibels[::-1] / 80, 0, 1), bytes=True)
-    picture = io.BytesIO()
-    nameless: dict[str, Any] = {"Software": None}  # else the version is in the file
-    image.imsave(picture, colours, format="png", metadata=nameless)
-    return base64.b64encode(picture.getvalue()).decode()
 
 
 def _published(dataset: str, split: str, result: Json, summary: Json) -> str:

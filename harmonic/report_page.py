@@ -103,6 +103,7 @@ audio { display: block; width: 100%; height: 40px; margin: 10px 0 12px; }
 .tables { columns: 2 380px; column-gap: 48px; }
 .tables .table { margin-bottom: 36px; }
 .table { overflow-x: auto; break-inside: avoid; }
+.below { max-width: 640px; margin-top: 28px; }
 table { width: 100%; border-collapse: collapse; font-size: 14px; overflow-wrap: normal; }
 caption { padding-bottom: 8px; text-align: left; font-weight: 600; overflow-wrap: anywhere; }
 th, td { padding: 7px 0 7px 16px; border-top: 1px solid var(--line); text-align: right;

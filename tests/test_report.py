@@ -94,7 +94,9 @@ def make_run(folder: Path, name: str = "sc09", label: str = "seven") -> Path:
     test = {"step": 300, "checkpoint": "best", "weights": "ema", "bits_per_sample": 4.1234}
     test |= {"samples": 123_456, "recordings": 15, "dataset": "sc09", "seconds": 12.3}
     test |= {"uniform_bits": 8.0, "histogram_entropy_bits": 7.4, "markov_bits": 5.0}
-    write(folder / "evaluation.json", {"test": test})
+    contexts = [{"context_seconds": 0.125 * 4**n, "bits_per_sample": 4.5 - 0.1 * n} for n in range(3)]
+    contexts.append({"context_seconds": 16.5, "bits_per_sample": 4.1234, "whole": True})
+    write(folder / "evaluation.json", {"test": {**test, "contexts": contexts}})
 
     entries: list[dict[str, Any]] = []
     for number in range(6):
@@ -203,9 +205,45 @@ def test_the_page_says_what_the_files_say(finished: Path) -> None:
     assert [a["style"] for a in page.all("i") if a["class"] == "mark"] == ["left:50.00%"] * 2
     widths = [float(r["width"].rstrip("%")) for r in page.all("rect") if "class" not in r]
     assert widths == pytest.approx([51.54, 62.5, 92.5, 100])
-    assert len([p for p in page.all("path") if p["class"] == "dot"]) == 3
+    assert len([p for p in page.all("path") if p["class"] == "dot"]) == 3 + 4  # validations and contexts
     assert len([p for p in page.all("path") if p["class"] == "base"]) == 3
-    assert [p["class"] for p in page.all("polyline")] == ["raw", "smooth"]
+    assert [p["class"] for p in page.all("polyline")] == ["raw", "smooth", "smooth"]
+
+
+def with_contexts(run: Path, *rows: tuple[float, float]) -> Path:
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    contexts = [{"context_seconds": at, "bits_per_sample": bits, "whole": False} for at, bits in rows]
+    contexts[-1]["whole"] = True
+    evaluation["test"]["contexts"] = contexts
+    write(run / "evaluation.json", evaluation)
+    return without_samples(run)
+
+
+def test_what_context_is_worth(run: Path) -> None:
+    rows = [(1.0, 4.5), (8.0, 4.25), (60.0, 4.125), (60.032, 4.1234)]
+    page = Page(build_report(with_contexts(run, *rows)))
+    assert "What context is worth" in page.text["h2"]
+    for words in ("Bits per sample on the test split, by context", "1 s 8 s 60 s 60.032 s (whole)"):
+        assert words in page.words, words
+    for cell in ("4.500", "+0.377", "4.250", "+0.127", "4.125", "+0.002", "4.123", "+0.000"):
+        assert cell in page.text["td"].split(), cell
+    # Below the loss curve's two, the line through the dots; from 1 to 8 is as far as from 8 to 64.
+    x, y = zip(*(map(float, p.split(",")) for p in page.all("polyline")[2]["points"].split()), strict=True)
+    assert (x[1] - x[0]) / (x[2] - x[1]) == pytest.approx(math.log(8) / math.log(7.5), rel=1e-3)
+    assert (y[1] - y[0]) / (y[2] - y[1]) == pytest.approx(2, rel=1e-2)
+    dots = [p["d"] for p in page.all("path") if p["class"] == "dot"][3:]
+    assert dots == [f"M{a:.1f} {b:.1f}h.01" for a, b in zip(x, y, strict=True)]
+    # 60 and 60.032 s would lie on one another.
+    styles = [s["style"] for s in page.all("span") if s.get("class", "").startswith("x")][-3:]
+    assert [float(style[len("left:") : -1]) for style in styles] == pytest.approx([a / 10 for a in x[:3]], abs=0.01)
+
+
+@pytest.mark.parametrize("contexts", [None, [], [{"context_seconds": 1.0, "bits_per_sample": 4.0}], "many", [1, 2]])
+def test_one_context_is_no_comparison(run: Path, contexts: object) -> None:
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["test"]["contexts"] = contexts
+    write(run / "evaluation.json", evaluation)
+    assert "What context is worth" not in Page(build_report(without_samples(run))).words
 
 
 def test_a_worse_model_is_called_worse(run: Path) -> None:

@@ -1,6 +1,7 @@
 """Likelihood of a run over a whole split, every sample once.
 
 python -m workflows.evaluate --workdir=runs/sc09 --split=test
+python -m workflows.evaluate --workdir=runs/piano --context=1,8,60    # what context is worth, in seconds
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from absl import flags
 
 from harmonic.checkpoint import load_run_config
+from harmonic.config import EvaluateConfig
 from harmonic.errors import UserError
 from workflows import cli, stages
 
@@ -20,6 +22,12 @@ _RAW = flags.DEFINE_bool("raw_weights", False, "evaluate the raw weights instead
 _RESET = flags.DEFINE_integer(
     "reset_every", 0, "forget the past every that many samples: windowed figures", lower_bound=0
 )
+_CONTEXT = flags.DEFINE_list(
+    "context",
+    [],
+    "what context is worth: also cut recordings into pieces of that many seconds, for each of a list such as 1,8,60; "
+    "whole recordings (full) always come along. The same command goes on where it was interrupted",
+)
 flags.adopt_module_key_flags(cli)
 
 
@@ -27,12 +35,30 @@ def main() -> None:
     """Evaluates, and prints the figures as JSON."""
     if cli.FLAGS.config or cli.FLAGS.set:
         raise UserError("a run is evaluated with its own config: give --workdir alone")
+    contexts = _contexts(_CONTEXT.value)
     workdir = Path(cli.FLAGS.workdir or "runs/demo")
     data = Path(cli.FLAGS.data_dir) / load_run_config(workdir).data.dataset
     figures = stages.evaluate_run(
-        workdir, data, split=_SPLIT.value, checkpoint=_CHECKPOINT.value, raw=_RAW.value, reset_every=_RESET.value
+        workdir,
+        data,
+        split=_SPLIT.value,
+        checkpoint=_CHECKPOINT.value,
+        raw=_RAW.value,
+        reset_every=_RESET.value,
+        contexts=contexts,
     )
     print(json.dumps(figures, indent=2))
+
+
+def _contexts(items: list[str]) -> tuple[float, ...]:
+    try:
+        seconds = tuple(float(item) for item in items if item.strip() != "full")
+        return EvaluateConfig(context_seconds=seconds).context_seconds
+    except (ValueError, UserError):
+        raise UserError(
+            f"--context={','.join(items)} is impossible: it must be at most 16 numbers of seconds, each at least "
+            "0.001, such as 1,8,60, or full"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from harmonic import audio
 from harmonic.checkpoint import Weights, load_weights
 from harmonic.data import Dataset, Split
 from harmonic.errors import UserError
-from harmonic.evaluate import baselines, evaluate_split
+from harmonic.evaluate import Likelihood, baselines, evaluate_split
 from harmonic.generate import generate
 from harmonic.metrics import Progress
-from harmonic.records import load_manifest
+from harmonic.records import Manifest, load_manifest
 
 
 def read_json(path: Path) -> Any:
@@ -56,38 +57,101 @@ def platform() -> str:
 
 
 def evaluate_run(
-    workdir: Path, data: Path, *, split: str = "test", checkpoint: str = "best", raw: bool = False, reset_every: int = 0
+    workdir: Path,
+    data: Path,
+    *,
+    split: str = "test",
+    checkpoint: str = "best",
+    raw: bool = False,
+    reset_every: int = 0,
+    contexts: Sequence[float] = (),
 ) -> dict[str, Any]:
     """Evaluates a run on a split and notes the figures in its evaluation.json.
 
+    Args:
+      reset_every: forget the past every that many samples; 0 for never.
+      contexts: what context is worth: also with recordings cut into pieces of that many seconds, for each of them.
+        Every figure is noted when it is found, and with contexts those that are there for the same weights and data
+        are kept, so that an interrupted evaluation goes on; without, the figure is made anew.
+
     Returns:
-      {"bits_per_sample", "samples", "recordings", the baselines, and what was evaluated}.
+      {"bits_per_sample", "samples", "recordings", the baselines, and what was evaluated; with contexts also "contexts",
+      a list of {"context_seconds", "context_samples", "bits_per_sample", "samples", "seconds", "whole"}, the shortest
+      first. The last one has whole recordings, and stands for all contexts that no recording exceeds}.
+
+    Raises:
+      UserError: there is no such run or data, the weights are broken, or both `reset_every` and contexts are given.
     """
+    if reset_every and contexts:
+        raise UserError("contexts and reset_every are two ways to say how much past there is; give one of them")
     weights = load_weights(workdir, checkpoint, raw=raw)
     dataset = Dataset(data)
     dataset.check(weights.config)
-    part = dataset.split(split)
-    result = evaluate_split(
-        weights.model, weights.params, part, weights.config, reset_every=reset_every, show_progress=True
-    )
-    plain = baselines(dataset.split("train"), part, crop_length=weights.config.data.crop_length)
-    figures = {
-        "dataset": dataset.manifest.dataset,
-        "fingerprint": dataset.manifest.fingerprint,
+    manifest, part, crop = dataset.manifest, dataset.split(split), weights.config.data.crop_length
+    key, path = split if not reset_every else f"{split} (reset every {reset_every})", workdir / "evaluation.json"
+    made_from = {
+        "dataset": manifest.dataset,
+        "fingerprint": manifest.fingerprint,
         "step": weights.step,
         "checkpoint": checkpoint,
         "weights": weights.kind,
         "reset_every": reset_every,
-        "bits_per_sample": result.bits_per_sample,
-        "samples": result.samples,
-        "recordings": result.recordings,
-        **dataclasses.asdict(plain),
-        "seconds": result.seconds,
     }
-    key = split if not reset_every else f"{split} (reset every {reset_every})"
-    path = workdir / "evaluation.json"
-    write_json(path, {**(read_json(path) or {}), key: figures})
+    noted = (read_json(path) or {}).get(key) or {}
+    kept = noted if all(noted.get(name) == value for name, value in made_from.items()) else {}
+    windowed = {row["context_samples"]: row for row in kept.get("contexts", []) if not row["whole"]}
+    longest = int(min(part.lengths.max(), crop or part.lengths.max()))
+
+    def measure(reset: int) -> Likelihood:
+        return evaluate_split(
+            weights.model, weights.params, part, weights.config, reset_every=reset, show_progress=True
+        )
+
+    def note(figures: dict[str, Any]) -> dict[str, Any]:
+        if windowed or contexts:
+            whole = _context_row(longest / manifest.sample_rate, longest, figures, whole=True)
+            figures = {**figures, "contexts": [*(windowed[length] for length in sorted(windowed)), whole]}
+        write_json(path, {**(read_json(path) or {}), key: figures})
+        return figures
+
+    if contexts and kept:
+        figures = note(kept)
+    else:
+        result = measure(reset_every)
+        plain = baselines(dataset.split("train"), part, crop_length=crop)
+        figures = {**made_from, **_figures(result), "recordings": result.recordings, **dataclasses.asdict(plain)}
+        figures = note(figures)
+    for seconds in contexts:
+        length = _context_samples(seconds, manifest)
+        if length < longest and length not in windowed:
+            windowed[length] = _context_row(seconds, length, _figures(measure(length)), whole=False)
+            figures = note(figures)
     return figures
+
+
+def evaluation(
+    workdir: Path, manifest: Manifest, step: int, *, split: str = "test", contexts: Sequence[float] = ()
+) -> dict[str, Any] | None:
+    """What `evaluate_run` has noted for a split; None where that is of another step or data, or lacks a context."""
+    figures = (read_json(workdir / "evaluation.json") or {}).get(split)
+    if not figures or (figures["step"], figures["fingerprint"]) != (step, manifest.fingerprint):
+        return None
+    found = [row["context_samples"] for row in figures.get("contexts", [])] or [0]
+    wanted = {min(_context_samples(seconds, manifest), found[-1] or math.inf) for seconds in contexts}
+    return figures if wanted <= set(found) else None
+
+
+def _context_samples(seconds: float, manifest: Manifest) -> int:
+    return max(1, round(seconds * manifest.sample_rate))
+
+
+def _context_row(seconds: float, length: int, figures: dict[str, Any], *, whole: bool) -> dict[str, Any]:
+    found = {name: figures[name] for name in ("bits_per_sample", "samples", "seconds")}
+    return {"context_seconds": seconds, "context_samples": length, **found, "whole": whole}
+
+
+def _figures(result: Likelihood) -> dict[str, Any]:
+    return {"bits_per_sample": result.bits_per_sample, "samples": result.samples, "seconds": result.seconds}
 
 
 @dataclasses.dataclass(frozen=True)
