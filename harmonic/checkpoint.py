@@ -30,6 +30,8 @@ class Checkpoints:
     """The checkpoints of a run's folder.
 
     Saving is not asynchronous: on CPU the buffers that are written are the very ones that the next step overwrites.
+
+    Of several processes all save and restore together; with `read_only`, each reads by itself.
     """
 
     def __init__(self, workdir: str | Path, *, read_only: bool = False):
@@ -38,12 +40,18 @@ class Checkpoints:
             raise UserError(
                 f"{workdir} has no checkpoints; train it first: python -m workflows.train --workdir={workdir}"
             )
-        handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
+        together = ocp.options.MultiprocessingOptions()
+        if read_only:
+            index = jax.process_index()
+            together = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
+        handlers: dict[str, Any] = {
+            name: ocp.StandardCheckpointHandler(multiprocessing_options=together) for name in _ITEMS
+        }
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
         for name, handler in handlers.items():
             registry.add(name, ocp.args.StandardSave, handler)
             registry.add(name, ocp.args.StandardRestore, handler)
-        registry.add("meta", ocp.args.JsonSave, meta := ocp.JsonCheckpointHandler())
+        registry.add("meta", ocp.args.JsonSave, meta := ocp.JsonCheckpointHandler(multiprocessing_options=together))
         registry.add("meta", ocp.args.JsonRestore, meta)
         self._manager = ocp.CheckpointManager(
             self.folder,
@@ -63,6 +71,7 @@ class Checkpoints:
                 enable_async_checkpointing=False,
                 read_only=read_only,
                 create=not read_only,
+                multiprocessing_options=together,
             ),
             handler_registry=registry,
         )
@@ -206,7 +215,10 @@ def load_weights(workdir: str | Path, checkpoint: str = "best", *, raw: bool = F
             raise UserError(f"{workdir} has no checkpoint yet; train it: python -m workflows.train --workdir={workdir}")
         check_architecture(checkpoints.meta(step), config, f"{workdir}, step {step},")
         kind = "params" if raw or not config.train.ema_decay else "ema"
+        # Onto one device, wherever they lay when they were written.
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.eval_shape(model.init, jax.random.key(0))
+        target = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=here), target)
         params = checkpoints.restore(step, {kind: target})[kind]
     finally:
         checkpoints.close()

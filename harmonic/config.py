@@ -187,14 +187,19 @@ class EvaluateConfig:
     Attributes:
       batch_size: recordings side by side.
       segment_length: samples at a time; rounded up to a multiple of the pooling product.
+      context_seconds: what full_run also evaluates: recordings cut into pieces of that many seconds, each with no past.
     """
 
     batch_size: int = 16
     segment_length: int = 16_000
+    context_seconds: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         _check(self.batch_size >= 1, "evaluate.batch_size", self.batch_size, "at least 1")
         _check(self.segment_length >= 1, "evaluate.segment_length", self.segment_length, "at least 1")
+        contexts = self.context_seconds
+        ok = len(contexts) <= 16 and all(0.001 <= seconds < math.inf for seconds in contexts)
+        _check(ok, "evaluate.context_seconds", contexts, "at most 16 numbers of seconds, each at least 0.001")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,7 +342,7 @@ def _describe(kind: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
     if origin is tuple:
-        return "a list of whole numbers such as 2,4,4,5"
+        return "a list of numbers such as 1,8,60" if args[0] is float else "a list of whole numbers such as 2,4,4,5"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     return names[kind]
 
@@ -362,7 +367,7 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
             raise UserError(_unknown(f"{prefix}{name}", node, prefix))
         was_tuple = isinstance(node[name], tuple)
         value = _literal(text.strip(), as_text=isinstance(node[name], str))
-        node[name] = (value,) if was_tuple and isinstance(value, int) and name != "blocks_per_level" else value
+        node[name] = (value,) if was_tuple and isinstance(value, (int, float)) and name != "blocks_per_level" else value
     return from_dict(raw)
 
 

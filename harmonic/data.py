@@ -4,7 +4,8 @@
     batches = train_batches(dataset, config)                 # an iterator: {"tokens", "length", "row"}
     for batch in evaluation_batches(dataset, "test", ...):   # recordings in order, streamed in segments
 
-Windows are index arithmetic over the records of a recording; only the records that a window touches are read.
+Windows are index arithmetic over the records of a recording; only the records that a window touches are read, and of
+several processes each reads its own rows and its own pieces of them.
 """
 
 from __future__ import annotations
@@ -137,24 +138,49 @@ class Windows(grain.sources.RandomAccessDataSource):
       split: what to read.
       window: samples of a window; a recording's last one may be shorter.
       crop: use only the first that many samples of each recording; 0 for all.
-      padded: length of what is returned; at least the longest window.
+      padded: length of a window with its padding; at least the longest window.
+      segments: equal parts of that length, which are cut into pieces.
+      piece: (i, n): return and read only the i-th of n equal pieces of every segment, one behind the other.
 
-    Items are {"tokens": [padded, channels], "length": int32}.
+    Items are {"tokens": [padded / n, channels], "length": int32, of the whole window}.
     """
 
-    def __init__(self, split: Split, window: int, *, crop: int = 0, padded: int | None = None):
+    def __init__(
+        self,
+        split: Split,
+        window: int,
+        *,
+        crop: int = 0,
+        padded: int | None = None,
+        segments: int = 1,
+        piece: tuple[int, int] = (0, 1),
+    ):
         self._split, self.window = split, window
         self.lengths = np.minimum(split.lengths, crop) if crop else split.lengths
         self._ends = np.cumsum(-(-self.lengths // window))
         self.padded = padded or int(min(window, self.lengths.max()))
+        index, count = piece
+        stride, self._piece = self.padded // segments, self.padded // segments // count
+        self._offsets = [segment * stride + index * self._piece for segment in range(segments)]
+        # Where no record fits between two pieces, all are touched, and one read fetches each of them once.
+        self._at_once = stride - self._piece < split.manifest.record_length
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
         recording, start, stop = self.locate(index)
-        tokens = self._split.read(recording, start, stop)
-        return {"tokens": _pad(tokens, self.padded), "length": np.int32(len(tokens))}
+        pieces = [(start + offset, min(start + offset + self._piece, stop)) for offset in self._offsets]
+        pieces = [(first, last) for first, last in pieces if first < stop]
+        shape = (len(self._offsets), self._piece, self._split.manifest.channels)
+        tokens = np.zeros(shape, self._split.manifest.token_dtype)
+        if pieces and self._at_once:
+            begin = pieces[0][0]
+            span = self._split.read(recording, begin, pieces[-1][1])
+        for number, (first, last) in enumerate(pieces):
+            read = span[first - begin : last - begin] if self._at_once else self._split.read(recording, first, last)
+            tokens[number, : last - first] = read
+        return {"tokens": tokens.reshape(-1, shape[2]), "length": np.int32(stop - start)}
 
     def locate(self, index: SupportsIndex) -> tuple[int, int, int]:
         """(recording, start, stop) of a window."""
@@ -171,22 +197,21 @@ class Windows(grain.sources.RandomAccessDataSource):
         return f"Windows({self._split.name}, {self._split.manifest.fingerprint}, {self.window}, {self.padded})"
 
 
-def _pad(tokens: np.ndarray, length: int) -> np.ndarray:
-    return np.pad(tokens, ((0, length - len(tokens)), (0, 0)))
-
-
-def train_batches(dataset: Dataset, config: Config, *, shard: tuple[int, int] = (0, 1)) -> grain.DatasetIterator:
+def train_batches(
+    dataset: Dataset, config: Config, *, shard: tuple[int, int] = (0, 1), piece: tuple[int, int] = (0, 1)
+) -> grain.DatasetIterator:
     """An endless, shuffled iterator over training batches; every epoch has its own order, set by `config.seed`.
 
     Args:
       dataset: prepared with the config's encoding.
       config: its window and crop lengths, segments, batch size and seed.
       shard: (i, n): read only rows i, i + n, ... of each global batch. The n shards together read what one reads.
+      piece: (j, m): read only the j-th of m equal pieces of each segment.
 
     Returns:
-      Batches {"tokens": [batch / n, segments * segment_length, channels], "length": [batch / n] int32, "row":
+      Batches {"tokens": [batch / n, segments * segment_length / m, channels], "length": [batch / n] int32, "row":
       [batch / n] int32, the row in the global batch}. Its `get_state()` is a small dictionary that any number of
-      shards and threads can `set_state()`.
+      shards, pieces and threads can `set_state()`.
 
     Raises:
       UserError: a batch that the shards do not divide.
@@ -198,7 +223,12 @@ def train_batches(dataset: Dataset, config: Config, *, shard: tuple[int, int] = 
         raise UserError(f"train.global_batch_size={batch} cannot be divided among {count} shards of the data axis")
     segments, length = config.segments
     windows = Windows(
-        dataset.split("train"), config.data.window_length, crop=config.data.crop_length, padded=segments * length
+        dataset.split("train"),
+        config.data.window_length,
+        crop=config.data.crop_length,
+        padded=segments * length,
+        segments=segments,
+        piece=piece,
     )
     rows = np.arange(index, batch, count, dtype=np.int32)
     # Batched before it becomes an iterator: the order is then the same for any number of threads, and repeated before
@@ -236,6 +266,7 @@ def evaluation_batches(
     crop_length: int = 0,
     reset_every: int = 0,
     limit: int = 0,
+    shard: tuple[int, int] = (0, 1),
 ) -> Iterator[EvaluationBatch]:
     """A split, every sample once: recordings longest first, so that rows of a batch end together.
 
@@ -246,6 +277,7 @@ def evaluation_batches(
       crop_length: look only at the first that many samples of each recording; 0 for all.
       reset_every: cut recordings into rows of that many samples, each with no past; 0 keeps recordings whole.
       limit: look only at that many recordings, spread over the split; 0 for all.
+      shard: (i, n): only the i-th of n shares, of about the same size, which together are the whole.
     """
     chosen = np.arange(len(split.recordings))
     if limit and limit < len(chosen):
@@ -257,6 +289,7 @@ def evaluation_batches(
         step = reset_every or max(length, 1)
         rows += [(int(recording), start, min(start + step, length)) for start in range(0, length, step)]
     rows.sort(key=lambda row: (row[1] - row[2], row))
+    rows = rows[shard[0] :: shard[1]]
     for first in range(0, len(rows), batch_size):
         batch = rows[first : first + batch_size]
         lengths = np.zeros(batch_size, np.int32)

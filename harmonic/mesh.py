@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -16,20 +20,34 @@ ROWS = P(DATA)  # [batch]
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh of a config.
+    """The mesh of a config, over an equal part of every process's devices.
 
     Raises:
-      UserError: it asks for more devices than there are.
+      UserError: it asks for more devices than there are, or for a part of the processes, or cuts across them.
     """
-    devices, wanted = jax.devices(), config.data * config.seq
+    processes, devices, wanted = jax.process_count(), jax.devices(), config.data * config.seq
+    asked = f"mesh.data={config.data} x mesh.seq={config.seq} asks for {wanted} devices"
     if wanted > len(devices):
         raise UserError(
-            f"mesh.data={config.data} x mesh.seq={config.seq} asks for {wanted} devices, but there are {len(devices)}; "
-            "on CPU, XLA_FLAGS=--xla_force_host_platform_device_count=N makes more"
+            f"{asked}, but there are {len(devices)}; on CPU, XLA_FLAGS=--xla_force_host_platform_device_count=N makes "
+            "more"
         )
-    return jax.make_mesh(
-        (config.data, config.seq), (DATA, SEQ), axis_types=(AxisType.Auto,) * 2, devices=devices[:wanted]
-    )
+    if processes > 1:
+        held = f"{processes} processes with {len(devices)} devices together"
+        if wanted % processes or len(devices) % wanted:
+            raise UserError(f"{asked}, but there are {held}: it must divide them, with an equal part of each process")
+        counts = {p: 0 for p in range(processes)}
+        each = []
+        for device in devices:
+            counts[device.process_index] += 1
+            each += [device] if counts[device.process_index] <= wanted // processes else []
+        if len(each) < wanted:
+            raise UserError(f"{asked}, {wanted // processes} of each process, but some of {held} have fewer")
+        devices = each
+    shape = (config.data, config.seq)
+    mesh = jax.make_mesh(shape, (DATA, SEQ), axis_types=(AxisType.Auto,) * 2, devices=devices[:wanted])
+    process_part(mesh)
+    return mesh
 
 
 def sharding(mesh: Mesh, spec: P) -> NamedSharding:
@@ -40,3 +58,65 @@ def sharding(mesh: Mesh, spec: P) -> NamedSharding:
 def sequence_axis(mesh: Mesh) -> str | None:
     """The name of the sequence axis for the model, or None where sequences are whole."""
     return SEQ if mesh.shape[SEQ] > 1 else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What a process holds of a batch: part i of n along each axis.
+
+    Attributes:
+      rows: (i, n): rows i, i + n, ... of the batch.
+      piece: (i, n): the i-th of n equal pieces of every segment.
+    """
+
+    rows: tuple[int, int]
+    piece: tuple[int, int]
+
+
+def process_part(mesh: Mesh) -> Part:
+    """What this process holds.
+
+    Raises:
+      UserError: the devices of a process are not a rectangle of the mesh, or not of the others' size.
+    """
+    owners = np.array([d.process_index for d in mesh.devices.flat]).reshape(mesh.devices.shape)
+    first, sizes = {}, set()
+    regular = True
+    for process in np.unique(owners):
+        places = np.argwhere(owners == process)
+        low, size = places.min(0), np.ptp(places, axis=0) + 1
+        regular &= len(places) == size.prod() and not (low % size).any() and not (owners.shape % size).any()
+        first[int(process)] = low // size
+        sizes.add(tuple(size))
+    if not regular or len(sizes) != 1:
+        raise UserError(
+            f"mesh.data={mesh.shape[DATA]} x mesh.seq={mesh.shape[SEQ]} gives {len(first)} processes uneven parts of "
+            f"its {mesh.size} devices: mesh.seq must divide, or be a multiple of, the {mesh.size // len(first)} "
+            "devices of a process"
+        )
+    (place, count) = first[jax.process_index()], owners.shape // np.array(sizes.pop())
+    return Part((int(place[0]), int(count[0])), (int(place[1]), int(count[1])))
+
+
+class Agreement:
+    """The largest of the numbers that the processes give, the same in all of them at the same call.
+
+    In one process that is its own number, at once. Over several, a call dispatches the maximum and returns that of the
+    call before: no step waits for it.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self._sharding = sharding(mesh, P((DATA, SEQ)))
+        self._several = jax.process_count() > 1
+        self._maximum = jax.jit(jnp.max, out_shardings=sharding(mesh, REPLICATED))
+        self._before: jax.Array | None = None
+
+    def __call__(self, number: int, *, wait: bool = False) -> int:
+        """The maximum of the call before (0 at first); with `wait`, of this one."""
+        if not self._several:
+            return number
+        mine = np.full(1, number, np.int32)
+        numbers = jax.make_array_from_callback((self._sharding.mesh.size,), self._sharding, lambda _: mine)
+        before, self._before = self._before, self._maximum(numbers)
+        known = self._before if wait else before
+        return 0 if known is None else int(known)

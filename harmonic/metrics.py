@@ -20,11 +20,14 @@ class MetricsWriter:
     """Appends to a run's metrics.jsonl, one JSON object a line, and to its TensorBoard events.
 
     Args:
-      workdir: the run's folder.
+      workdir: the run's folder; None to write nothing, as all processes but the first.
       step: the step that the run goes on from. What an interrupted run wrote after it is dropped: it is made again.
     """
 
-    def __init__(self, workdir: str | Path, step: int = 0):
+    def __init__(self, workdir: str | Path | None, step: int = 0):
+        self._board = None
+        if workdir is None:
+            return
         path = Path(workdir) / "metrics.jsonl"
         kept = b"".join(line for line in _lines(path) if _step(line) <= step)
         temporary = path.with_suffix(".partial")
@@ -35,6 +38,8 @@ class MetricsWriter:
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """One line of a kind (`train`, `validation`); numbers go to TensorBoard too."""
+        if self._board is None:
+            return
         self._file.write(json.dumps({"kind": kind, "step": step, **values}, allow_nan=False) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -43,8 +48,9 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flushes and closes both."""
-        self._file.close()
-        self._board.close()
+        if self._board is not None:
+            self._file.close()
+            self._board.close()
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:

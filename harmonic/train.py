@@ -1,4 +1,8 @@
-"""The training loop: from a prepared data set to a run's folder, interrupted and gone on with at will."""
+"""The training loop: from a prepared data set to a run's folder, interrupted and gone on with at will.
+
+Over several processes each of them runs this loop, in step with the others; what is written and shown comes from
+process 0, but for checkpoints, which all of them write together.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from harmonic import mesh as meshes
+from harmonic import processes
 from harmonic.checkpoint import Checkpoints, check_architecture, load_run_config, load_weights, model_description
 from harmonic.config import Config
 from harmonic.data import Dataset, train_batches
@@ -48,14 +53,21 @@ class Interrupted(Exception):
 
 
 def place_batch(batch: dict[str, np.ndarray], config: Config, mesh: Mesh) -> dict[str, jax.Array]:
-    """A loader's batch as global arrays, tokens as [segments, batch, segment_length, channels]."""
-    segments, length = config.segments
-    tokens = batch["tokens"].reshape(len(batch["tokens"]), segments, length, -1).swapaxes(0, 1)
-    place = jax.make_array_from_process_local_data
+    """A loader's batch as global arrays, tokens as [segments, batch, segment_length, channels].
+
+    Over several processes each gives what `mesh.process_part` says: the rows come to lie in another order, by process.
+    """
+    (segments, length), rows = config.segments, config.train.global_batch_size
+    tokens = batch["tokens"]
+    tokens = tokens.reshape(len(tokens), segments, -1, tokens.shape[-1]).swapaxes(0, 1)
+
+    def place(spec: jax.sharding.PartitionSpec, local: np.ndarray, *shape: int) -> jax.Array:
+        return jax.make_array_from_process_local_data(meshes.sharding(mesh, spec), local, shape)
+
     return {
-        "tokens": place(meshes.sharding(mesh, meshes.TOKENS), tokens),
-        "length": place(meshes.sharding(mesh, meshes.ROWS), batch["length"]),
-        "row": place(meshes.sharding(mesh, meshes.ROWS), batch["row"]),
+        "tokens": place(meshes.TOKENS, tokens, segments, rows, length, tokens.shape[-1]),
+        "length": place(meshes.ROWS, batch["length"], rows),
+        "row": place(meshes.ROWS, batch["row"], rows),
     }
 
 
@@ -95,15 +107,21 @@ def train(config: Config, data: str | Path, workdir: str | Path, *, init_from: s
       init_from: another run's folder, whose best averaged weights this one starts from.
 
     Raises:
-      UserError: data, config, folder or weights that do not go together, or training that diverges.
-      Interrupted: SIGTERM or SIGINT; everything is saved.
+      UserError: data, config, folder, processes or weights that do not go together, or training that diverges.
+      Interrupted: SIGTERM or SIGINT, to any process; everything is saved.
     """
     started = time.monotonic()
+    lead = processes.current()[0] == 0
     workdir, dataset = Path(workdir), Dataset(data)
+    check_agreement(config, dataset)
     model = HarmonicRNN(config.model, config.data.num_levels, dataset.manifest.channels)
     mesh = meshes.make_mesh(config.mesh)
-    batches = train_batches(dataset, config)
-    prepare_workdir(workdir, config, dataset)
+    part = meshes.process_part(mesh)
+    batches = train_batches(dataset, config, shard=part.rows, piece=part.piece)
+    check_workdir(workdir, config, dataset)
+    processes.gather("")  # all have looked, now it may be written
+    if lead:
+        prepare_workdir(workdir, config, dataset)
 
     checkpoints = Checkpoints(workdir)
     replicated = meshes.sharding(mesh, meshes.REPLICATED)
@@ -121,8 +139,8 @@ def train(config: Config, data: str | Path, workdir: str | Path, *, init_from: s
         if init_from:
             weights = load_weights(init_from)
             check_architecture({"model": model_description(weights.config)}, config, init_from)
-            params = weights.params
-        state = jax.device_put(jax.jit(lambda p: init_state(config, model, p))(params), replicated)
+            params = jax.tree.map(np.asarray, weights.params)
+        state = jax.jit(lambda p: init_state(config, model, p), out_shardings=replicated)(params)
     step = int(meta["step"])
     if step >= config.train.steps:
         checkpoints.close()
@@ -130,11 +148,16 @@ def train(config: Config, data: str | Path, workdir: str | Path, *, init_from: s
 
     step_function = make_train_step(model, config, mesh)
     rate = learning_rate(config)
-    key = jax.device_put(jax.random.key(config.seed), replicated)
+    key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=replicated)()
     samples_per_step = config.train.global_batch_size * config.training_length
-    writer = MetricsWriter(workdir, step)
+    writer = MetricsWriter(workdir if lead else None, step)
     progress = Progress(
-        "train", config.train.steps, initial=step, unit="step", rate_unit="samples", rate_scale=samples_per_step
+        "train",
+        config.train.steps,
+        initial=step,
+        rate_unit="samples",
+        rate_scale=samples_per_step,
+        stream=None if lead else open(os.devnull, "w"),
     )
     progress.say(f"training from step {step:,}; the first step compiles")
     window: list[dict[str, jax.Array]] = []
@@ -151,13 +174,14 @@ def train(config: Config, data: str | Path, workdir: str | Path, *, init_from: s
 
     try:
         with _asked_to_stop() as caught:
-            while step < config.train.steps and not caught:
+            agreed, stop = meshes.Agreement(mesh), 0
+            while step < config.train.steps and not (stop := agreed(max(caught, default=0))):
                 host_batch = next(batches)
                 batch = place_batch(host_batch, config, mesh)
                 state, metrics = step_function(state, batch, key, np.int32(step))
                 step += 1
                 window.append(metrics)
-                window_samples += int(host_batch["length"].sum())
+                window_samples += int(host_batch["length"].sum()) * part.rows[1]  # the others' rows are about as long
                 if _due(step, config.train.log_every, config.train.steps):
                     values = {k: [float(m[k]) for m in window] for k in window[-1]}
                     now = time.monotonic()
@@ -190,10 +214,10 @@ def train(config: Config, data: str | Path, workdir: str | Path, *, init_from: s
                 if meta["best_step"] == step or _due(step, config.train.checkpoint_every, config.train.steps):
                     save(validation)
                     window_start = time.monotonic()
-            if caught:
+            if stop := stop or agreed(max(caught, default=0), wait=True):
                 save()
-                name = signal.Signals(caught[0]).name
-                raise Interrupted(f"stopped by {name} after step {step:,}, saved; the same command goes on", caught[0])
+                name = signal.Signals(stop).name
+                raise Interrupted(f"stopped by {name} after step {step:,}, saved; the same command goes on", stop)
     finally:
         progress.close()
         writer.close()
@@ -206,45 +230,87 @@ def _due(step: int, every: int, last: int) -> bool:
 
 
 def _validate(model: HarmonicRNN, config: Config, state: TrainState, dataset: Dataset) -> float:
+    """Bits per sample of the validation split: each process evaluates its share, on one of its devices."""
     weights = state.ema if config.train.ema_decay else state.params
     local = jax.tree.map(lambda v: v.addressable_data(0), weights)
-    result = evaluate_split(model, local, dataset.split("validation"), config, limit=config.train.validation_recordings)
-    return result.bits_per_sample
+    ours = evaluate_split(
+        model,
+        local,
+        dataset.split("validation"),
+        config,
+        limit=config.train.validation_recordings,
+        shard=processes.current(),
+    )
+    shares = [json.loads(text) for text in processes.gather(json.dumps([ours.nats, ours.samples]))]
+    nats, samples = (sum(numbers) for numbers in zip(*shares, strict=True))
+    return nats / math.log(2) / samples
+
+
+def check_agreement(config: Config, dataset: Dataset) -> None:
+    """Refuses processes that were not given the same config and data.
+
+    Raises:
+      UserError: names the first process that differs from process 0, and in what.
+    """
+    ours = {"config": dataclasses.asdict(config), "data set's fingerprint": dataset.manifest.fingerprint}
+    first, *others = (_flatten(json.loads(text)) for text in processes.gather(json.dumps(ours)))
+    for number, other in enumerate(others, 1):
+        differing = [
+            f"{path} is {other.get(path)!r} there and {value!r} in process 0"
+            for path, value in first.items()
+            if other.get(path) != value
+        ]
+        if differing:
+            raise UserError(f"process {number} was started with something else than process 0: {'; '.join(differing)}")
+
+
+def check_workdir(workdir: Path, config: Config, dataset: Dataset) -> None:
+    """Checks that a run's folder, where it is there, is this run's.
+
+    Raises:
+      UserError: it holds a run of another config or data set, or cannot be read.
+    """
+    if not (workdir / "config.json").exists():
+        return
+    differing = list(_differences(load_run_config(workdir), config))
+    if differing:
+        raise UserError(
+            f"{workdir} holds a run of another config ({'; '.join(differing)}); give another --workdir, or the same "
+            "config"
+        )
+    try:
+        theirs = json.loads((workdir / MANIFEST_NAME).read_text())["fingerprint"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"the run's folder {workdir} cannot be used: {error}") from error
+    if theirs != dataset.manifest.fingerprint:
+        raise UserError(f"{workdir} was trained on other data than {dataset.folder}; give another --workdir")
 
 
 def prepare_workdir(workdir: Path, config: Config, dataset: Dataset) -> None:
-    """Makes a run's folder with config.json and a copy of the data set's manifest, or checks that it is this run's.
+    """Makes a run's folder with config.json and a copy of the data set's manifest.
 
     Raises:
-      UserError: it holds a run of another config or data set, or cannot be written.
+      UserError: it cannot be written.
     """
     try:
-        if (workdir / "config.json").exists():
-            differing = list(_differences(load_run_config(workdir), config))
-            if differing:
-                raise UserError(
-                    f"{workdir} holds a run of another config ({'; '.join(differing)}); give another --workdir, or the "
-                    "same config"
-                )
-            theirs = json.loads((workdir / MANIFEST_NAME).read_text())["fingerprint"]
-            if theirs != dataset.manifest.fingerprint:
-                raise UserError(f"{workdir} was trained on other data than {dataset.folder}; give another --workdir")
         workdir.mkdir(parents=True, exist_ok=True)
         for name, text in ((MANIFEST_NAME, dataset.manifest.to_json()), ("config.json", config.to_json())):
             temporary = workdir / f"{name}.partial"
             temporary.write_text(text)
             os.replace(temporary, workdir / name)
-    except (OSError, ValueError, KeyError) as error:
+    except OSError as error:
         raise UserError(f"the run's folder {workdir} cannot be used: {error}") from error
 
 
-def _differences(old: Config, new: Config) -> Iterator[str]:
-    def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-        if not isinstance(node, dict):
-            return {prefix: node}
-        return {k: v for name, child in node.items() for k, v in flatten(child, f"{prefix}.{name}".strip(".")).items()}
+def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested dictionaries by dotted path."""
+    if not isinstance(node, dict):
+        return {prefix: node}
+    return {k: v for name, child in node.items() for k, v in _flatten(child, f"{prefix}.{name}".strip(".")).items()}
 
-    theirs, ours = (flatten(dataclasses.asdict(c)) for c in (old, new))
+
+def _differences(old: Config, new: Config) -> Iterator[str]:
+    theirs, ours = (_flatten(dataclasses.asdict(c)) for c in (old, new))
     for path, value in theirs.items():
         free = any(path == name or path.startswith(f"{name}.") for name in _FREE)
         if ours[path] != value and not free:

@@ -57,6 +57,51 @@ def test_windows_cover_every_sample_once(dataset):
         windows[len(windows)]
 
 
+@pytest.mark.parametrize(
+    ("window", "segments", "count"), [(3_000, 1, 2), (3_000, 2, 5), (500, 5, 2), (1_400, 1, 4)], ids=str
+)
+def test_pieces_together_are_the_windows(dataset, monkeypatch, window, segments, count):
+    """Each process reads the records that its pieces touch, each once, and no others."""
+    split = dataset.split("train")
+    padded = -(-window // (segments * count)) * segments * count
+    whole = Windows(split, window, padded=padded)
+    parts = [Windows(split, window, padded=padded, segments=segments, piece=(j, count)) for j in range(count)]
+    stride, size = padded // segments, padded // segments // count
+    read = split.read
+    for i in range(len(whole)):
+        expected = whole[i]["tokens"].reshape(segments, count, size, 1)
+        recording, start, stop = whole.locate(i)
+        for j, part in enumerate(parts):
+            asked = []
+            monkeypatch.setattr(split, "read", lambda r, a, b, asked=asked: asked.append((r, a, b)) or read(r, a, b))
+            item = part[i]
+            np.testing.assert_array_equal(item["tokens"].reshape(segments, size, 1), expected[:, j])
+            assert item["length"] == stop - start
+            samples = start + np.add.outer(np.arange(segments) * stride + j * size, np.arange(size))
+            wanted = samples[samples < stop]
+            spans = [np.arange(a, b) for r, a, b in asked if r == recording]
+            got = np.concatenate(spans) if spans else np.arange(0)
+            assert len(spans) == len(asked) and np.isin(wanted, got).all()
+            assert set(got // RECORD_LENGTH) == set(wanted // RECORD_LENGTH)
+            if segments == 1:
+                np.testing.assert_array_equal(got, wanted)
+            monkeypatch.undo()
+
+
+def test_shards_of_an_evaluation_are_together_the_whole(dataset):
+    split = dataset.split("train")
+
+    def lengths(**shard):
+        batches = evaluation_batches(split, batch_size=2, segment_length=100, reset_every=300, **shard)
+        return [int(n) for batch in batches for n in batch.lengths if n]
+
+    shares = [lengths(shard=(i, 3)) for i in range(3)]
+    assert (
+        sorted(n for share in shares for n in share) == sorted(lengths())
+        and sum(map(sum, shares)) == split.lengths.sum()
+    )
+
+
 def test_crop_takes_the_beginning(dataset):
     split = dataset.split("train")
     windows = Windows(split, 500, crop=300)

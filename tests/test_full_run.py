@@ -138,6 +138,18 @@ def test_full_run_killed_at_any_moment(place, finished):
         assert (place / "killed" / "samples" / path.name).read_bytes() == path.read_bytes()
 
 
+def test_full_run_of_two_processes(place, finished):
+    """The first prepares, evaluates, generates and reports; the others only train, and say nothing."""
+    launch = ("workflows.launch", "--processes=2", "--devices_per_process=2", "--", *FULL)
+    others = ("--workdir=two", "--data_dir=two_data", "--set=mesh.data=2", "--set=mesh.seq=2")
+    done = run(*launch, *others, cwd=place)
+    assert "report: two/report.html" in done.stdout and "Gloo" not in done.stdout and "[1]" not in done.stderr
+    ours, theirs = (json.loads((p / "summary.json").read_text()) for p in (place / "two", finished))
+    assert ours["test"]["samples"] == theirs["test"]["samples"]
+    for figure in ("bits_per_sample", "markov_bits"):
+        assert ours["test"][figure] == pytest.approx(theirs["test"][figure], rel=1e-4)
+
+
 def test_train_evaluate_and_report(place, finished):
     done = run(
         "workflows.train", "--config=tiny.py", "--workdir=other", "--set=seed=1", "--init_from=runs/tiny", cwd=place

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +34,24 @@ def workdir_from_flags(config: Config) -> Path:
     return Path(FLAGS.workdir or Path("runs") / config.name)
 
 
+def define_process_flags() -> None:
+    """Flags of the mains that run as several processes; SLURM, Open MPI and TPUs need none of them."""
+    flags.DEFINE_string("coordinator_address", None, "host:port of process 0, where several processes run")
+    flags.DEFINE_integer("num_processes", None, "number of processes", lower_bound=1)
+    flags.DEFINE_integer("process_index", None, "which of them this is, from 0", lower_bound=0)
+    flags.DEFINE_integer("initialization_timeout", 60, "seconds within which all must have come", lower_bound=1)
+
+
+def join_processes() -> bool:
+    """Joins the run's processes, if there are several; true in the first, which does what is not done together."""
+    from harmonic import processes
+
+    processes.initialise(
+        FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_index, timeout=FLAGS.initialization_timeout
+    )
+    return processes.current()[0] == 0
+
+
 def command(workflow: str) -> str:
     """The command line that was given, to be pasted again."""
     return shlex.join(["python", "-m", f"workflows.{workflow}", *sys.argv[1:]])
@@ -41,9 +60,13 @@ def command(workflow: str) -> str:
 def run(main: Callable[[], None]) -> None:
     """Runs a main, and turns what a user can mend into one line on standard error.
 
-    Exit status: 0; 2 for a wrong flag, value, file or folder; 128 + the signal's number for a run that was stopped.
+    Exit status: 0; 2 for a wrong flag, value, file or folder, or another process that is gone; 128 + the signal's
+    number for a run that was stopped.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's own chatter
+    import jax
+
+    from harmonic import processes
     from harmonic.train import Interrupted
 
     def guarded(argv: list[str]) -> None:
@@ -52,18 +75,25 @@ def run(main: Callable[[], None]) -> None:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}; flags are written --name=value")
             main()
+            processes.finish()
+            return
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            status, line = 2, f"error: {error}"
         except OSError as error:
-            print(f"error: {error.filename or 'input/output'}: {error.strerror or error}", file=sys.stderr)
-            sys.exit(2)
+            status, line = 2, f"error: {error.filename or 'input/output'}: {error.strerror or error}"
         except Interrupted as stop:
-            print(stop, file=sys.stderr)
-            sys.exit(128 + stop.signal)
+            status, line = 128 + stop.signal, str(stop) if processes.current()[0] == 0 else ""
         except KeyboardInterrupt:
-            print("stopped; the same command goes on", file=sys.stderr)
-            sys.exit(130)
+            status, line = 130, "stopped; the same command goes on"
+        except Exception as error:
+            if processes.current()[1] == 1:
+                raise
+            if isinstance(error, jax.errors.JaxRuntimeError):
+                processes.await_watchdog()
+            status, line = 1, traceback.format_exc()
+        if line:
+            print(line, file=sys.stderr, flush=True)
+        processes.leave(status)
 
     def parse(argv: list[str]) -> list[str]:
         try:

@@ -4,7 +4,8 @@
     python -m workflows.full_run --config=sc09_small --source=sc09.zip
 
 Each stage is skipped when its output is already whole: a run that was interrupted anywhere goes on with the same
-command.
+command. Several processes train together; what comes before and after is done by the first, and the others wait, and
+end.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from absl import flags
 
+from harmonic import processes
 from harmonic.checkpoint import load_weights
 from harmonic.config import Config
 from harmonic.describe import describe
@@ -30,13 +32,19 @@ _SOURCE = flags.DEFINE_string(
     "source", None, "hub, an archive or folder of recordings, or synth; the data set's own if not given"
 )
 _INIT_FROM = flags.DEFINE_string("init_from", None, "another run's folder, whose best weights this run starts from")
+cli.define_process_flags()
 flags.adopt_module_key_flags(cli)
 
 
 def main() -> None:
     """Runs every stage that is not whole yet."""
+    lead = cli.join_processes()
     config = cli.config_from_flags()
     workdir = cli.workdir_from_flags(config)
+    if not lead:
+        processes.gather("")  # until the data is prepared
+        train(config, Path(cli.FLAGS.data_dir) / config.data.dataset, workdir, init_from=_INIT_FROM.value)
+        return
     summary = full_run(config, workdir, Path(cli.FLAGS.data_dir), source=_SOURCE.value, init_from=_INIT_FROM.value)
     print(json.dumps({k: summary[k] for k in ("test", "train", "stages")}, indent=2))
     print(f"report: {workdir / 'report.html'}")
@@ -70,18 +78,21 @@ def full_run(
         )
     )
     took("prepare", started, skipped=was_whole)
+    processes.gather("")
 
     stage("train")
     trained = train(config, data, workdir, init_from=init_from)
+    processes.finish()
     seconds["train"] = {"seconds": round(trained.seconds, 3)}
     step = load_weights(workdir).step
 
     stage("evaluate")
     started = time.monotonic()
-    figures: Any = (stages.read_json(workdir / "evaluation.json") or {}).get("test")
-    whole = figures is not None and (figures["step"], figures["fingerprint"]) == (step, manifest.fingerprint)
+    contexts = config.evaluate.context_seconds
+    figures: Any = stages.evaluation(workdir, manifest, step, contexts=contexts)
+    whole = figures is not None
     if not whole:
-        figures = stages.evaluate_run(workdir, data)
+        figures = stages.evaluate_run(workdir, data, contexts=contexts)
     took("evaluate", started, skipped=whole)
 
     stage("generate")
