@@ -138,6 +138,8 @@ class TrainConfig:
       ema_decay: of the average of the weights that is evaluated and sampled; 0 takes the raw weights.
       ema_debias: weigh the average by the updates made so far, so that the initial weights do not stay in it: for
         short runs.
+      accumulate: parts that each device takes its windows in, one behind the other, their gradients added: the memory
+        of one part, the same result.
       segment_length: samples held in memory at once, a multiple of the pooling product; 0 takes whole windows.
       log_every, validate_every, checkpoint_every: steps between; 0 for none but at the end.
       validation_recordings: recordings of the validation split that are looked at; 0 for all.
@@ -154,6 +156,7 @@ class TrainConfig:
     skip_norm: float = 1_000.0
     ema_decay: float = 0.999
     ema_debias: bool = False
+    accumulate: int = 1
     segment_length: int = 0
     log_every: int = 10
     validate_every: int = 1_000
@@ -161,7 +164,7 @@ class TrainConfig:
     validation_recordings: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch_size"):
+        for name in ("steps", "global_batch_size", "accumulate"):
             _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         for name in ("learning_rate", "clip_norm", "skip_norm"):
             value = getattr(self, name)
@@ -261,6 +264,10 @@ class Config:
         _check(0 <= self.seed < 2**31, "seed", self.seed, "between 0 and 2**31 - 1")
         batch, data = self.train.global_batch_size, self.mesh.data
         _check(batch % data == 0, "train.global_batch_size", batch, f"a multiple of mesh.data={data}")
+        parts = self.train.accumulate
+        _check(
+            batch // data % parts == 0, "train.accumulate", parts, f"a divisor of a device's {batch // data} windows"
+        )
         multiple = self.model.pooling_product * self.mesh.seq
         segment = self.train.segment_length
         _check(

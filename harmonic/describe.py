@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,12 +21,17 @@ def count(tree: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def describe(config: Config) -> dict[str, Any]:
+def describe(config: Config, *, device_bytes: int = 16 << 30) -> dict[str, Any]:
     """Sizes of a config's model and batches. Nothing is allocated.
+
+    Args:
+      config: of a run.
+      device_bytes: memory of one device, for what fits.
 
     Returns:
       {"parameters": {"total", "by_part"}, "blocks", "pooling_product", "state_bytes" (of one stream), "training"
-      (samples of a window and of a step, segments), "communication" (as `communication` gives it)}.
+      (samples of a window and of a step, segments), "memory" (as `memory` gives it), "fits" (as `fits` does),
+      "communication" (as `communication` gives it)}.
     """
     model = HarmonicRNN(config.model, config.data.num_levels)
     params = jax.eval_shape(model.init, jax.random.key(0))
@@ -58,8 +65,86 @@ def describe(config: Config) -> dict[str, Any]:
             "segments": segments,
             "segment_length": length,
         },
+        "memory": memory(config),
+        "fits": fits(config, device_bytes),
         "communication": communication(config),
     }
+
+
+def memory(config: Config) -> dict[str, int]:
+    """Bytes that one device holds in a training step, by formula.
+
+    The counts of arrays were read from compiled programs on CPU (`memory_analysis`), over widths, levels, segments and
+    meshes; a test holds the formula to within 25 % of such programs. What the process itself takes, a gigabyte or
+    more, is not in it.
+
+    Returns:
+      {"weights" (parameters and their average), "optimizer", "batch" (the tokens), "gradients" (with the copies of the
+      weights that are made for a step), "activations" (of one segment), "states" (kept between segments), "total"}.
+    """
+    model = HarmonicRNN(config.model, config.data.num_levels)
+    weights = count(jax.eval_shape(model.init, jax.random.key(0))) * _NUMBER
+    (segments, length), width, train = config.segments, config.model.width, config.train
+    rows = train.global_batch_size // config.mesh.data
+    at_once = rows // train.accumulate * length // config.mesh.seq
+    # Kept of each block is its input, and of each level the skip; at the outermost rate the most is alive.
+    kept, stride = 0.0, 1
+    for level, blocks in enumerate(config.model.level_blocks):
+        inner = level == len(config.model.pool_factors)
+        kept += (blocks if inner else 2 * blocks + 1) / stride
+        stride *= 1 if inner else config.model.pool_factors[level]
+    block = 16.4 * config.model.state_width / 2 + (18 + 5 * bool(config.model.pool_factors)) * width
+    alive = kept * width + max(block, 4 * config.data.num_levels + 6 * width)
+    parts = {
+        "weights": 2 * weights,
+        "optimizer": 2 * weights,
+        "batch": rows * segments * length // config.mesh.seq * (1 if config.data.num_levels <= 256 else 2),
+        "gradients": round((4.1 + 1.9 * (segments > 1) + (train.accumulate > 1)) * weights),
+        "activations": round(alive * _NUMBER * at_once),
+        "states": (segments > 1) * segments * model.state_bytes(rows // train.accumulate),
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def fits(config: Config, device_bytes: int) -> dict[str, int]:
+    """What a device of `device_bytes` holds with the rest of the config as it is, by `memory`.
+
+    Returns:
+      {"device_bytes", "longest_segment" (samples held at once), "longest_window" (in segments of the config's
+      `train.segment_length`, or whole without one), "largest_batch" (over all devices)}; 0 where nothing fits.
+    """
+    unit = config.model.pooling_product * config.mesh.seq
+
+    def longest(**train: Any) -> int:
+        def fitting(units: int) -> bool:
+            data = dataclasses.replace(config.data, window_length=units * unit, crop_length=0)
+            changed = dataclasses.replace(config, data=data, train=dataclasses.replace(config.train, **train))
+            return memory(changed)["total"] <= device_bytes
+
+        return unit * _most(fitting)
+
+    def batch_fits(parts: int) -> bool:
+        train = dataclasses.replace(config.train, global_batch_size=parts * step)
+        return memory(dataclasses.replace(config, train=train))["total"] <= device_bytes
+
+    step = config.mesh.data * config.train.accumulate
+    return {
+        "device_bytes": device_bytes,
+        "longest_segment": longest(segment_length=0),
+        "longest_window": longest(),
+        "largest_batch": step * _most(batch_fits),
+    }
+
+
+def _most(fitting: Callable[[int], bool], limit: int = 1 << 40) -> int:
+    """The largest number up to `limit` that fits, where all smaller ones do; 0 if not even one does."""
+    low, high = 0, 1
+    while high < limit and fitting(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fitting(middle) else (low, middle)
+    return low
 
 
 def communication(config: Config) -> dict[str, Any]:

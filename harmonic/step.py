@@ -93,16 +93,33 @@ def nats_over_segments(
     return nats.sum()
 
 
-def make_loss_and_grad(model: HarmonicRNN, mesh: Mesh) -> Callable[..., tuple[jax.Array, Any]]:
+def make_loss_and_grad(model: HarmonicRNN, mesh: Mesh, accumulate: int = 1) -> Callable[..., tuple[jax.Array, Any]]:
     """(params, tokens, lengths, rows, words) -> (bits per sample, its gradient), on any mesh.
 
-    tokens is [segments, batch, segment_length, channels], lengths and rows [batch]; words are dropout's, or None.
+    tokens is [segments, batch, segment_length, channels], lengths and rows [batch]; words are dropout's, or None. The
+    rows of a device are taken in `accumulate` equal parts, one behind the other: nats and gradients are sums over
+    samples, so that the result is the same.
     """
     axis = meshes.sequence_axis(mesh)
 
-    def local(params, tokens, lengths, rows, words):
+    def part(params, tokens, lengths, rows, words):
         rng = None if words is None else Dropout(words, rows, jnp.int32(0))
-        nats, grads = jax.value_and_grad(lambda p: nats_over_segments(model, p, tokens, lengths, rng, axis))(params)
+        return jax.value_and_grad(lambda p: nats_over_segments(model, p, tokens, lengths, rng, axis))(params)
+
+    def local(params, tokens, lengths, rows, words):
+        if accumulate == 1:
+            nats, grads = part(params, tokens, lengths, rows, words)
+        else:
+            segments, batch, *rest = tokens.shape
+            parts = tokens.reshape(segments, accumulate, batch // accumulate, *rest).swapaxes(0, 1)
+
+            def add(total, scanned):
+                piece, its_lengths, its_rows = scanned
+                return jax.tree.map(jnp.add, total, part(params, piece, its_lengths, its_rows, words)), None
+
+            zero = jnp.zeros((), jax.tree.leaves(params)[0].dtype), jax.tree.map(jnp.zeros_like, params)
+            scanned = (parts, *(v.reshape(accumulate, -1) for v in (lengths, rows)))
+            (nats, grads), _ = jax.lax.scan(add, zero, scanned)
         # What is differentiated is each shard's own sum: sums over shards stand outside, once each.
         nats, grads = jax.lax.psum((nats, grads), (meshes.DATA, meshes.SEQ))
         count = jax.lax.psum(lengths.sum(), meshes.DATA)
@@ -120,7 +137,7 @@ def make_train_step(model: HarmonicRNN, config: Config, mesh: Mesh) -> jax.stage
     and optimiser stay as they are. The state that is given is donated.
     """
     optimizer, train = make_optimizer(config), config.train
-    loss_and_grad = make_loss_and_grad(model, mesh)
+    loss_and_grad = make_loss_and_grad(model, mesh, train.accumulate)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step_function(state: TrainState, batch: dict[str, jax.Array], key: jax.Array, step: jax.Array):

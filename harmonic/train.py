@@ -36,10 +36,13 @@ from harmonic.step import TrainState, init_state, learning_rate, make_train_step
 _DIVERGED = 100  # skipped updates on end after which training is given up
 # What may differ when a run is continued: everything else decides its weights.
 _FREE = (
-    *("name", "evaluate", "generate", "mesh", "data.threads", "data.prefetch", "train.segment_length"),
+    *("name", "evaluate", "generate", "mesh", "data.threads", "data.prefetch"),
     *(
         f"train.{name}"
-        for name in ("steps", "log_every", "validate_every", "checkpoint_every", "validation_recordings")
+        for name in (
+            *("steps", "log_every", "validate_every", "checkpoint_every", "validation_recordings"),
+            *("segment_length", "accumulate"),
+        )
     ),
 )
 

@@ -71,6 +71,16 @@ def test_segments_that_are_sharded(x64):
     assert_same(loss_and_grad(2, 4)(params, cut(tokens, 4), lengths, rows, key), expected, 1e-10)
 
 
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 2)])
+def test_accumulated_gradients_are_those_of_the_batch(x64, mesh):
+    """Law 6: rows of unequal lengths, one of them empty, in parts."""
+    params, (tokens, lengths, rows) = parameters(jnp.float64), random_batch(2, 8, 48)
+    key = jnp.array([3, 4], jnp.uint32)
+    expected = loss_and_grad(1, 1)(params, tokens, lengths, rows, key)
+    parts = make_loss_and_grad(HarmonicRNN(MODEL), make_mesh(MeshConfig(*mesh)), accumulate=4)
+    assert_same(jax.jit(parts)(params, tokens, lengths, rows, key), expected, 1e-10)
+
+
 def test_loss_is_bits_per_unmasked_sample(x64):
     """Against the definition, sample by sample, and blind to what stands behind a row's end."""
     model, params = HarmonicRNN(MODEL), parameters(jnp.float64)

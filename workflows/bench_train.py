@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,12 +18,23 @@ from harmonic.models import HarmonicRNN
 from harmonic.step import init_state, make_train_step
 from workflows.timing import REPEATS, best_seconds
 
+_ENOUGH = 60.0  # seconds of steps after which no other is begun
 
-def suite(config: Config, batch: int, length: int) -> Iterator[dict[str, Any]]:
-    """The train step of a config: what it takes to compile, temporaries, and its speed beside that of a large matrix
-    product in the same run."""
+
+def suite(config: Config, batch: int, lengths: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """The train step of a config at one length after another: what it takes to compile, its memory, and its speed
+    beside that of a large matrix product in the same run, and per sample beside that at the first length."""
+    first = None
+    for length in lengths:
+        row = measure(config, batch, length)
+        first = first or row["samples_per_second"]
+        yield {**row, "seconds_per_sample_over_first": first / row["samples_per_second"]}
+
+
+def measure(config: Config, batch: int, length: int) -> dict[str, Any]:
+    """One row; the config's `train.segment_length` holds."""
     config = override(
-        config, [f"train.global_batch_size={batch}", f"data.window_length={length}", "train.segment_length=0"]
+        config, [f"train.global_batch_size={batch}", f"data.window_length={length}", "data.crop_length=0"]
     )
     model, mesh = HarmonicRNN(config.model, config.data.num_levels), make_mesh(config.mesh)
     state = jax.jit(lambda: init_state(config, model))()
@@ -38,10 +50,10 @@ def suite(config: Config, batch: int, length: int) -> Iterator[dict[str, Any]]:
     step = lowered.compile()
     compiled = time.perf_counter()
     memory = program.memory(step)
-    seconds = []
-    for number in range(REPEATS):
+    seconds: list[float] = []
+    while len(seconds) < REPEATS and sum(seconds) < _ENOUGH:
         begin = time.perf_counter()
-        state, _ = jax.block_until_ready(step(state, arrays, jax.random.key(0), np.int32(number)))
+        state, _ = jax.block_until_ready(step(state, arrays, jax.random.key(0), np.int32(len(seconds))))
         seconds.append(time.perf_counter() - begin)
     side = 2_048
     matrix = jnp.ones((side, side))
@@ -49,13 +61,16 @@ def suite(config: Config, batch: int, length: int) -> Iterator[dict[str, Any]]:
     # Dense layers and gates of all levels, twice over again for the backward pass: what no implementation can avoid.
     needed = 3 * dense_operations(config)
     samples = batch * length / min(seconds)
-    yield {
+    return {
         "config": config.name,
         "shape": [batch, length],
+        "segments": [segments, segment],
         "trace_seconds": traced - start,
         "compile_seconds": compiled - traced,
         "temporary_bytes": memory.temporaries,
         "argument_bytes": memory.arguments,
+        "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1_024,
+        "steps": len(seconds),
         "samples_per_second": samples,
         "of_matrix_rate": samples * needed / flops,
     }

@@ -1,7 +1,7 @@
 """Speed and memory, each figure beside a ratio that means something on a noisy machine. One JSON object a line.
 
 python -m workflows.benchmark --suite=scan
-python -m workflows.benchmark --suite=train --config=sc09 --length=16000
+python -m workflows.benchmark --suite=train --config=sc09 --length=16000 --length=960512 --set=train.segment_length=3200
 python -m workflows.benchmark --suite=scaling --config=sc09 --length=10240 --batch=8
 """
 
@@ -17,8 +17,8 @@ from workflows import bench_scaling, bench_scan, bench_train, cli, stages
 
 _SUITES = ("scan", "train", "scaling")
 _SUITE = flags.DEFINE_enum("suite", "all", [*_SUITES, "all"], "what to measure")
-_LENGTH = flags.DEFINE_integer(
-    "length", None, "samples of the train (16,000) and scaling (10,240) suites' sequences", lower_bound=1
+_LENGTH = flags.DEFINE_multi_integer(
+    "length", None, "samples of the train (16,000; repeatable) and scaling (10,240) suites' sequences", lower_bound=1
 )
 _BATCH = flags.DEFINE_integer("batch", None, "sequences of the train (1) and scaling (8) suites", lower_bound=1)
 flags.adopt_module_key_flags(cli)
@@ -29,8 +29,8 @@ def main() -> None:
     config = cli.config_from_flags("sc09")
     suites: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
         "scan": bench_scan.suite,
-        "train": lambda: bench_train.suite(config, _BATCH.value or 1, _LENGTH.value or 16_000),
-        "scaling": lambda: bench_scaling.suite(config, _BATCH.value or 8, _LENGTH.value or 10_240),
+        "train": lambda: bench_train.suite(config, _BATCH.value or 1, _LENGTH.value or [16_000]),
+        "scaling": lambda: bench_scaling.suite(config, _BATCH.value or 8, (_LENGTH.value or [10_240])[0]),
     }
     for name in _SUITES if _SUITE.value == "all" else (_SUITE.value,):
         for row in suites[name]():
