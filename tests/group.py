@@ -1,6 +1,6 @@
 """One of several processes: loss and gradients of one batch on several meshes, against one device's.
 
-python tests/group.py <host:port> <processes> <index> <data set> <file of the expected>
+python tests/group.py <host:port> <processes> <index> <data set> <file of the expected> <some or all meshes>
 """
 
 import sys
@@ -19,7 +19,11 @@ from harmonic.step import make_loss_and_grad
 from harmonic.train import place_batch
 
 WORDS = np.array([1, 2], np.uint32)
-MESHES = (("float32", 2, 4), ("float64", 8, 1), ("float64", 1, 8))
+SHAPES = ((8, 1), (1, 8), (2, 4), (4, 2))
+MESHES = {
+    "some": (("float32", 2, 4), ("float64", 8, 1), ("float64", 1, 8)),
+    "all": tuple((dtype, *shape) for dtype in ("float32", "float64") for shape in SHAPES),
+}
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
 
 
@@ -41,10 +45,10 @@ def loss_and_grad(data, dtype, *shape):
 
 
 def main():
-    address, count, index, data, expected = sys.argv[1:]
+    address, count, index, data, expected, which = sys.argv[1:]
     processes.initialise(address, int(count), int(index))
     expected = np.load(expected)
-    for dtype, *shape in MESHES:
+    for dtype, *shape in MESHES[which]:
         for number, value in enumerate(loss_and_grad(data, dtype, *shape)):
             wanted = expected[f"{dtype}_{number}"]
             error = np.abs(value - wanted).max() / np.abs(wanted).max()

@@ -172,7 +172,7 @@ def test_one_chunk_where_rows_fill_the_device():
 @pytest.mark.parametrize("platform", CALLS)
 def test_auto_is_the_fused_kernel_also_within_training(monkeypatch, platform):
     """Under shard_map, a scan over segments and checkpointing, as the model calls it."""
-    monkeypatch.setattr(kernels, "_platform", lambda: "gpu" if platform == "cuda" else platform)
+    monkeypatch.setattr(kernels, "platform", lambda: "gpu" if platform == "cuda" else platform)
     mesh = jax.make_mesh((8,), ("seq",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def loss(z, p, decay, theta, h0):

@@ -146,7 +146,7 @@ def step_once(ours, state, tokens, lengths, rows, step=0):
 def test_bad_updates_are_skipped_and_leave_everything_alone():
     ours = config("train.skip_norm=1e-9")
     model = HarmonicRNN(ours.model)
-    state = init_state(ours, model)
+    state = jax.jit(lambda: init_state(ours, model))()
     batch = random_batch(1, 4, 60)
     after, metrics = step_once(ours, state, *batch)
     assert metrics["skipped"] == 1 and metrics["streak"] == 1
@@ -166,7 +166,7 @@ def test_bad_updates_are_skipped_and_leave_everything_alone():
 @pytest.mark.parametrize("debias", [False, True])
 def test_average_of_the_weights(debias):
     ours = config("train.ema_decay=0.9", f"train.ema_debias={debias}")
-    state = init_state(ours, HarmonicRNN(ours.model))
+    state = jax.jit(lambda: init_state(ours, HarmonicRNN(ours.model)))()
     expected, weights = state.params, []
     for step in range(3):
         state, _ = step_once(ours, state, *random_batch(1, 4, 60), step=step)
