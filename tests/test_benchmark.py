@@ -26,10 +26,14 @@ def test_scan_suite():
 
 
 def test_train_suite():
-    (row,) = bench_train.suite(tiny_config(*SMALL), batch=2, length=30)
-    assert row.pop("config") == "tiny" and row.pop("shape") == [2, 30]
-    assert {"samples_per_second", "of_matrix_rate", "compile_seconds", "temporary_bytes"} < row.keys()
-    assert all(map(is_figure, row.values()))
+    first, second = bench_train.suite(tiny_config(*SMALL, "train.segment_length=12"), batch=2, lengths=[30, 60])
+    assert (first["shape"], first["segments"]) == ([2, 30], [3, 12])
+    assert (second["shape"], second["segments"]) == ([2, 60], [5, 12])
+    assert first["seconds_per_sample_over_first"] == 1
+    wanted = {"samples_per_second", "of_matrix_rate", "compile_seconds", "temporary_bytes", "peak_resident_bytes"}
+    for row in (first, second):
+        assert wanted < row.keys()
+        assert all(is_figure(value) for name, value in row.items() if name not in ("config", "shape", "segments"))
 
 
 def test_dense_operations_of_the_papers_model():
