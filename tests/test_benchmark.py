@@ -6,11 +6,15 @@ import math
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 from tiny import config as tiny_config
 
 from harmonic.config import MeshConfig, load_config
-from workflows import bench_scaling, bench_scan, bench_train
+from harmonic.models import HarmonicRNN
+from workflows import bench_generate, bench_loader, bench_scaling, bench_scan, bench_train
+from workflows.plain_step import plain_step
 
 SMALL = ("model.pool_factors=()", "model.blocks_per_level=2")
 
@@ -34,6 +38,41 @@ def test_train_suite():
     for row in (first, second):
         assert wanted < row.keys()
         assert all(is_figure(value) for name, value in row.items() if name not in ("config", "shape", "segments"))
+
+
+@pytest.mark.parametrize("groups", [2, 8])
+def test_the_plain_step_is_the_model(groups):
+    """What generation is compared with gives the same logits, over two pooling products and from any state."""
+    ours = tiny_config(f"model.pool_groups={groups}")
+    model = HarmonicRNN(ours.model)
+    params = jax.jit(model.init)(jax.random.key(1))
+
+    @jax.jit
+    def run(params):
+        def body(states, token):
+            expected, fast = model.step(params, {}, states[0])
+            logits, plain = plain_step(ours.model, params, states[1])
+            return (model.observe(fast, token), model.observe(plain, token)), (expected[:, 0, 0], logits)
+
+        tokens = jax.random.randint(jax.random.key(2), (2 * model.multiple + 1, 3, 1), 0, 256)
+        return jax.lax.scan(body, (model.init_state(3),) * 2, tokens)
+
+    states, (expected, logits) = run(params)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *states)
+
+
+def test_generate_suite():
+    (row,) = bench_generate.suite(tiny_config(), batches=(2,), length=12)
+    assert row.pop("config") == "tiny" and row.pop("batch") == 2
+    assert row.keys() == {"samples_per_second", "faster_than_plain", "of_matrix_rate"}
+    assert all(map(is_figure, row.values()))
+
+
+def test_loader_suite():
+    (row,) = bench_loader.suite(tiny_config(), lengths=(500,), samples=5_000, step_length=60)
+    assert (row["window"], row["batch"]) == (500, 4)
+    assert is_figure(row["samples_per_second"]) and is_figure(row["over_train_step"])
 
 
 def test_dense_operations_of_the_papers_model():

@@ -1,0 +1,63 @@
+"""The generate suite of workflows.benchmark: samples a second, against a plain step."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from harmonic.config import Config
+from harmonic.generate import generate
+from harmonic.models import HarmonicRNN
+from workflows.bench_train import dense_operations
+from workflows.plain_step import plain_step
+from workflows.timing import REPEATS, best_seconds
+
+
+def suite(config: Config, batches: Sequence[int] = (1, 8, 32), length: int = 800) -> Iterator[dict[str, Any]]:
+    """Generation with fresh weights, batch by batch, beside the plain step with the same weights and sampling."""
+    model = HarmonicRNN(config.model, config.data.num_levels)
+    params = jax.jit(model.init)(jax.random.key(0))
+    side = 2_048
+    matrix = jnp.ones((side, side))
+    flops = 2 * side**3 / best_seconds(jax.jit(lambda m: m @ m), matrix)
+    for batch in batches:
+        chunks = generate(model, params, batch=batch, length=length * (REPEATS + 1), chunk=length)
+        next(chunks)  # compiles
+        seconds = min(_seconds(functools.partial(next, chunks)) for _ in range(REPEATS))
+        plain = plain_function(model, length // 4)
+        plain_seconds = best_seconds(plain, params, model.init_state(batch), jax.random.key(0)) / (length // 4)
+        rate = batch * length / seconds
+        yield {
+            "config": config.name,
+            "batch": batch,
+            "samples_per_second": rate,
+            "faster_than_plain": rate * plain_seconds / batch,
+            "of_matrix_rate": rate * dense_operations(config) / flops,
+        }
+
+
+def _seconds(function: Any) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def plain_function(model: HarmonicRNN, steps: int) -> Any:
+    """(params, state, key) -> (state, tokens [steps, batch, 1]) by the plain step, compiled."""
+
+    @jax.jit
+    def run(params: Any, state: Any, key: jax.Array):
+        def body(state, step_key):
+            logits, state = plain_step(model.config, params, state)
+            uniform = jax.random.uniform(step_key, (len(logits), 1))
+            token = model.sample(logits[:, None, None], uniform)
+            return model.observe(state, token), token
+
+        return jax.lax.scan(body, state, jax.random.split(key, steps))
+
+    return run
