@@ -6,11 +6,14 @@ gives its length, minimum and maximum, then from there, scaled, into records. Me
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
+import signal
 import struct
 import tempfile
+import threading
 import time
 import zlib
 from collections.abc import Iterable, Iterator
@@ -112,7 +115,8 @@ def decode(file: BinaryIO) -> tuple[int, Iterator[np.ndarray]]:
     """
     check_whole(file)
     try:
-        audio = soundfile.SoundFile(file)
+        with _interrupts_held():
+            audio = soundfile.SoundFile(file)
     except (soundfile.LibsndfileError, OSError, ValueError, TypeError) as error:
         raise Unreadable(f"is not audio that can be read: {_reason(error)}") from error
     if not MIN_RATE <= audio.samplerate <= MAX_RATE:
@@ -131,7 +135,8 @@ def _blocks(audio: soundfile.SoundFile) -> Iterator[np.ndarray]:
         count = 0
         while True:
             try:
-                block = audio.read(max(1, _BLOCK_VALUES // audio.channels), dtype="float32", always_2d=True)
+                with _interrupts_held():
+                    block = audio.read(max(1, _BLOCK_VALUES // audio.channels), dtype="float32", always_2d=True)
             except (soundfile.LibsndfileError, OSError, ValueError) as error:
                 raise Unreadable(f"cannot be decoded after {count} samples: {_reason(error)}") from error
             if not len(block):
@@ -144,6 +149,23 @@ def _blocks(audio: soundfile.SoundFile) -> Iterator[np.ndarray]:
             raise Unreadable(f"is cut short: {count} samples of {audio.frames}")
         if resampler is not None:
             yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Keeps SIGINT until the end: raised in a callback of libsndfile's, KeyboardInterrupt is dropped, and the read cut
+    short."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # which no signal interrupts
+        return
+    caught: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if caught:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _reason(error: Exception) -> str:

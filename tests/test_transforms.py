@@ -1,6 +1,7 @@
 """Decoding, resampling, quantising, cutting and the Beam steps, as plain functions."""
 
 import io
+import signal
 import struct
 
 import numpy as np
@@ -122,6 +123,28 @@ def test_a_wav_that_was_written_to_a_pipe_is_whole(size):
     """Such a header claims the largest size, or none: no sign of a file cut short."""
     _, decoded = decode_all(with_data_size(WHOLE, size))
     assert len(decoded) == 20_000
+
+
+@pytest.mark.parametrize("at", [1, 12, 16])
+def test_an_interrupt_in_the_middle_of_a_read_is_not_lost(at):
+    class Interrupted(io.BytesIO):
+        reads = 0
+
+        def readinto(self, buffer):  # libsndfile's callback, which drops what is raised in it
+            self.reads += 1
+            if self.reads == at:
+                signal.raise_signal(signal.SIGINT)
+            return super().readinto(buffer)
+
+    file = Interrupted()
+    soundfile.write(file, np.zeros(1_000_000), 16_000, format="WAV")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(transforms.decode(file)[1])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert file.reads >= at
 
 
 def test_a_header_of_endless_chunks_is_given_up():
