@@ -12,7 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-_EPSILON = 1e-6  # of the variance, as in Flax's LayerNorm
+EPSILON = 1e-6  # of the variance, as in Flax's LayerNorm
 
 
 def platform() -> str:
@@ -50,7 +50,7 @@ def normalise(x: jax.Array) -> jax.Array:
 
 def _normalise_forward(x: jax.Array):
     centred = x - row_mean(x)
-    inverse = jax.lax.rsqrt(row_mean(centred * centred) + _EPSILON)
+    inverse = jax.lax.rsqrt(row_mean(centred * centred) + EPSILON)
     y = centred * inverse
     return y, (y, inverse)
 

@@ -29,6 +29,8 @@ from harmonic.models.layers import Dropout
 Params = dict[str, Any]
 Inputs = dict[str, jax.Array]
 
+KEPT_FROM_STRIDE = 8  # samples to a step, from where on a level's activations are kept rather than made again
+
 __all__ = ["Dropout", "HarmonicRNN", "Params", "State", "Weights"]
 
 
@@ -54,16 +56,24 @@ class Weights(NamedTuple):
     """Parameters as they are multiplied; `HarmonicRNN.fuse` makes them.
 
     Attributes:
-      embedding: the embedding's parameters.
+      embedding: its parameters; unstacked, the table [num_levels, width] of what it gives for each token.
       head: the layer to logits, behind `normalise`.
       pools: by name, `down_pool_0`, ...
-      blocks: along a leading axis, or a list of blocks.
+      blocks: along a leading axis; unstacked, a list.
     """
 
     embedding: Any
     head: layers.Dense
     pools: dict[str, layers.Dense]
     blocks: Any
+
+
+class _Inside(NamedTuple):
+    """What a level and those within it keep of the past: `State`'s arrays, its blocks' states as a list."""
+
+    hidden: list[Pair]
+    pending: tuple[jax.Array, ...]
+    collected: tuple[jax.Array, ...]
 
 
 class _Part:
@@ -153,7 +163,7 @@ class HarmonicRNN:
         return Weights(
             embedding=params["embedding"],
             head=self._head.bind(params["head"]).fuse(),
-            pools={name: part.bind(params[name]).fuse() for name, part in self._pools.items()},
+            pools={name: part.bind(params[name]).fuse(up="up" in name) for name, part in self._pools.items()},
             blocks=jax.vmap(lambda block: self._block.bind(block).fuse())(params["blocks"]),
         )
 
@@ -164,7 +174,8 @@ class HarmonicRNN:
         if isinstance(weights.blocks, list):
             return weights
         blocks = [jax.tree.map(lambda v, i=i: v[i], weights.blocks) for i in range(self.num_blocks)]
-        return weights._replace(blocks=blocks)
+        table = self._embed(weights, jnp.arange(self.num_levels)[:, None, None], None)[:, 0]
+        return weights._replace(blocks=blocks, embedding=table)
 
     def init_state(self, batch: int, dtype: jnp.dtype = jnp.float32) -> State:
         """The state before a recording: no past, and the middle token (128 of 256) for the newest."""
@@ -225,11 +236,12 @@ class HarmonicRNN:
         for level in range(len(self.config.pool_factors)):
             x, hidden[f"down_{level}"] = self._run(f"down_{level}", x, stacks, rng, axis)
             skips.append(x)
-            x = layers.pool_down(weights.pools[f"down_pool_{level}"], x)
+            x = layers.pool_down(weights.pools[f"down_pool_{level}"], x, self.config.pool_factors[level])
         x, hidden["inner"] = self._run("inner", x, stacks, rng, axis)
         for level in reversed(range(len(self.config.pool_factors))):
-            raw = layers.pool_up(weights.pools[f"up_pool_{level}"], x)
-            edge = self.config.pool_factors[level] - 1
+            factor = self.config.pool_factors[level]
+            raw = layers.pool_up(weights.pools[f"up_pool_{level}"], x, factor)
+            edge = factor - 1
             due, carry = left_halo(raw[:, -edge:], state.pending[level], axis)
             pending.insert(0, carry)
             x = jnp.concatenate([due, raw[:, :-edge]], axis=1) + skips[level]
@@ -247,8 +259,6 @@ class HarmonicRNN:
     def _run(self, name: str, x: jax.Array, stacks: dict[str, Any], rng: Dropout | None, axis: str | None):
         stack = self._stacks[name]
 
-        # Only the input of each block is kept for the backward pass.
-        @jax.checkpoint
         def body(x, scanned):
             (block, h0), number = scanned
             per_chunk = self.multiple // stack.stride
@@ -256,6 +266,8 @@ class HarmonicRNN:
                 block, x, h0, rate=self.config.dropout, rng=rng, number=number, per_chunk=per_chunk, axis=axis
             )
 
+        # Of each block only its input is kept for the backward pass, but where few samples make few activations.
+        body = body if stack.stride >= KEPT_FROM_STRIDE else jax.checkpoint(body)
         return jax.lax.scan(body, x, (stacks[name], stack.first + jnp.arange(stack.blocks)))
 
     def _embed(self, weights: Weights, tokens: jax.Array, rng: Dropout | None) -> jax.Array:
@@ -279,45 +291,62 @@ class HarmonicRNN:
           (logits [batch, 1, channels, num_levels], state; its `last` is for the caller to set, by `observe`).
         """
         weights = self.unstack(params)
-        x = self._embed(weights, state.last[:, None], None)
-        factors = self.config.pool_factors
+        if not isinstance(state.hidden, list):
+            logits, state = self.step(weights, inputs, self.unstack_state(state))
+            return logits, self.stack_state(state)
+        factors, hidden = self.config.pool_factors, state.hidden
 
-        def run(name: str, x: jax.Array, state: State) -> tuple[jax.Array, State]:
-            stack, hidden = self._stacks[name], state.hidden
-            for i in range(stack.first, stack.first + stack.blocks):
-                h0 = jax.tree.map(lambda v, i=i: v[i], hidden)
-                x, h_last = layers.run_block(weights.blocks[i], x, h0)
-                hidden = jax.tree.map(lambda v, h, i=i: v.at[i].set(h), hidden, h_last)
-            return x, state._replace(hidden=hidden)
+        def run(name: str, x: jax.Array, blocks: list[Pair]) -> tuple[jax.Array, list[Pair]]:
+            first = self._stacks[name].first
+            for i in range(len(blocks)):
+                x, blocks[i] = layers.step_block(weights.blocks[first + i], x, blocks[i])
+            return x, blocks
 
-        def descend(level: int, x: jax.Array, state: State) -> tuple[jax.Array, State]:
+        def descend(level: int, x: jax.Array, inside: _Inside) -> tuple[jax.Array, _Inside]:
+            """The levels from `level` inwards, which see nothing of the ones around them."""
             if level == len(factors):
-                return run("inner", x, state)
-            x, state = run(f"down_{level}", x, state)
+                x, blocks = run("inner", x, list(inside.hidden))
+                return x, inside._replace(hidden=blocks)
+            down, up = (self._stacks[f"{way}_{level}"].blocks for way in ("down", "up"))
+            x, before = run(f"down_{level}", x, list(inside.hidden[:down]))
             factor = factors[level]
             place = (state.position // math.prod(factors[:level])) % factor
+            within = _Inside(inside.hidden[down:-up], inside.pending[1:], inside.collected[1:])
+            kept = pending, collected, within = inside.pending[0], inside.collected[0], within
+            complete = place == factor - 1
+            due = jax.lax.dynamic_index_in_dim(pending, jnp.minimum(place, factor - 2), 1, keepdims=False)
 
-            def collect(x: jax.Array, state: State):
-                collected = jax.lax.dynamic_update_index_in_dim(state.collected[level], x[:, 0], place, 1)
-                due = jax.lax.dynamic_index_in_dim(state.pending[level], place, 1)
-                return due, state._replace(collected=_put(state.collected, level, collected))
+            def turn(_: Any, carry: Any):
+                _, (_, collected, within) = carry
+                window = jnp.concatenate([collected, x[:, None]], axis=1)
+                pooled = layers.pool_down(weights.pools[f"down_pool_{level}"], window, factor)[:, 0]
+                inner, within = descend(level + 1, pooled, within)
+                raw = layers.pool_up(weights.pools[f"up_pool_{level}"], inner[:, None], factor)
+                return raw[:, 0], (raw[:, 1:], jnp.zeros_like(collected), within)
 
-            def complete(x: jax.Array, state: State):
-                window = jnp.concatenate([state.collected[level], x], axis=1)
-                pooled = layers.pool_down(weights.pools[f"down_pool_{level}"], window)
-                inner, state = descend(level + 1, pooled, state)
-                raw = layers.pool_up(weights.pools[f"up_pool_{level}"], inner)
-                empty = jnp.zeros_like(state.collected[level])
-                return raw[:, :1], state._replace(
-                    collected=_put(state.collected, level, empty), pending=_put(state.pending, level, raw[:, 1:])
-                )
+            # One round or none: what a conditional lets pass through, it copies.
+            due, kept = jax.lax.fori_loop(0, complete.astype(jnp.int32), turn, (due, kept))
+            pending, collected, within = kept
+            newest = jnp.where(complete, jnp.zeros_like(x), x)
+            collected = jax.lax.dynamic_update_index_in_dim(collected, newest, jnp.minimum(place, factor - 2), 1)
+            x, after = run(f"up_{level}", x + due, list(inside.hidden[-up:]))
+            return x, _Inside(
+                [*before, *within.hidden, *after], (pending, *within.pending), (collected, *within.collected)
+            )
 
-            # The last place of `pending` and `collected` is never read or written: it completes the pool.
-            due, state = jax.lax.cond(place == factor - 1, complete, collect, x, state)
-            return run(f"up_{level}", x + due, state)
+        x = weights.embedding[state.last[:, 0]]
+        x, inside = descend(0, x, _Inside(hidden, state.pending, state.collected))
+        position = (state.position + 1) % self.multiple
+        logits = layers.step_dense(layers.step_normalise(x), weights.head)
+        return logits[:, None, None], State(position, state.last, *inside)
 
-        x, state = descend(0, x, state)
-        return self._logits(weights, x), state._replace(position=(state.position + 1) % self.multiple)
+    def unstack_state(self, state: State) -> State:
+        """The state with a list of the blocks' own: what `step` wants inside a loop, as it does unstacked weights."""
+        return state._replace(hidden=[jax.tree.map(lambda v, i=i: v[i], state.hidden) for i in range(self.num_blocks)])
+
+    def stack_state(self, state: State) -> State:
+        """Undoes `unstack_state`."""
+        return state._replace(hidden=jax.tree.map(lambda *blocks: jnp.stack(blocks), *state.hidden))
 
     def observe(self, state: State, tokens: jax.Array) -> State:
         """The state once the sample that `step` predicted is known: tokens [batch, channels]."""
@@ -354,10 +383,5 @@ class HarmonicRNN:
         cumulative = jnp.cumsum(probabilities, axis=-1)
         threshold = uniform[..., None] * cumulative[..., -1:]
         token = (cumulative <= threshold).sum(-1)
-        # Rounding may put the threshold at the very end: the last token with any probability then stands for it.
-        possible = self.num_levels - 1 - jnp.argmax(probabilities[..., ::-1] > 0, axis=-1)
-        return jnp.minimum(token, possible).astype(jnp.int32)
-
-
-def _put(items: tuple, index: int, value: jax.Array) -> tuple:
-    return (*items[:index], value, *items[index + 1 :])
+        # Rounding may put the threshold at the very end: the token that reached it then stands for it.
+        return jnp.minimum(token, (cumulative < cumulative[..., -1:]).sum(-1)).astype(jnp.int32)

@@ -14,7 +14,9 @@ from flax import nnx
 
 from harmonic.config import ModelConfig
 from harmonic.kernels import Pair, cg_lru
-from harmonic.kernels.dense import channelwise, dense, normalise
+from harmonic.kernels.dense import EPSILON, channelwise, dense, normalise
+from harmonic.kernels.gates import recurrence
+from harmonic.kernels.reference import add, multiply
 
 _GATE_EXPONENT = 8.0
 
@@ -216,6 +218,33 @@ def run_block(
     return x + dropout(branch, rate, rng, 2 * number + 1, per_chunk), h_last
 
 
+def step_block(weights: BlockWeights, x: jax.Array, h: Pair) -> tuple[jax.Array, Pair]:
+    """`run_block` for one step, without the axis of time: x [batch, width], h [batch, channels] -> (x, h)."""
+    channels = weights.theta.shape[0]
+    z_re, z_im, p_i, p_r, gate = _split(step_dense(step_normalise(x), weights.entry), (channels,) * 4)
+    a, driven = recurrence((z_re, z_im), (p_i, p_r), weights.decay, weights.theta)
+    h = add(multiply(a, h), driven)
+    y = step_dense(h[0], weights.read_re) + h[1] @ weights.read_im
+    x = x + step_dense(y * nnx.gelu(gate), weights.last)
+    up, gate = _split(step_dense(step_normalise(x), weights.mlp), (2 * x.shape[-1],))
+    return x + step_dense(up * nnx.gelu(gate), weights.mlp_last), h
+
+
+def step_dense(x: jax.Array, weights: Dense) -> jax.Array:
+    """[batch, inputs] -> [batch, outputs]."""
+    return x @ weights.kernel + weights.bias
+
+
+def step_normalise(x: jax.Array) -> jax.Array:
+    """`normalise` of x [batch, width]: of so few rows a sum is faster than a product with ones."""
+    centred = x - x.mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + EPSILON)
+
+
+def _split(y: jax.Array, sizes: tuple[int, ...]) -> list[jax.Array]:
+    return jnp.split(y, [sum(sizes[: i + 1]) for i in range(len(sizes))], axis=-1)
+
+
 class Pool(nnx.Module):
     """Grouped pooling by a factor f: kernel [f, width / groups, width], its last axis ordered by groups."""
 
@@ -225,41 +254,48 @@ class Pool(nnx.Module):
         self.kernel = nnx.Param(initializer(rngs.params(), shape))
         self.bias = nnx.Param(jnp.zeros(config.width))
 
-    def fuse(self) -> Dense:
-        """kernel [f, width] where each feature is pooled alone, else [f, width, width] with zeros between groups."""
+    def fuse(self, up: bool) -> Dense:
+        """The kernel and bias as `pool_down`, or with `up` `pool_up`, multiplies by them.
+
+        Where each feature is pooled alone, the kernel is [f, width]; else it is dense, with zeros between groups:
+        [f * width, width] down, and [width, f * width] up, with a bias for each of its columns.
+        """
         kernel, bias = self.kernel.get_value(), self.bias.get_value()
         factor, group, width = kernel.shape
+        kernel = kernel[::-1] if up else kernel
         if group == 1:
             return Dense(kernel[:, 0], bias)
         groups = width // group
         blocks = kernel.reshape(factor, 1, group, groups, group) * jnp.eye(groups)[:, None, :, None]
-        return Dense(blocks.reshape(factor, width, width).astype(kernel.dtype), bias)
+        blocks = blocks.reshape(factor, width, width).astype(kernel.dtype)
+        if up:
+            return Dense(blocks.swapaxes(0, 1).reshape(width, -1), jnp.tile(bias, factor))
+        return Dense(blocks.reshape(-1, width), bias)
 
 
-def pool_down(weights: Dense, x: jax.Array) -> jax.Array:
-    """[batch, time * f, width] -> [batch, time, width]: a convolution with kernel and stride f."""
+def pool_down(weights: Dense, x: jax.Array, factor: int) -> jax.Array:
+    """[batch, time * factor, width] -> [batch, time, width]: a convolution with kernel and stride `factor`."""
     kernel, bias = weights
-    factor, width = kernel.shape[0], kernel.shape[-1]
-    x = x.reshape(x.shape[0], -1, factor, width)
-    if kernel.ndim == 2:
+    batch, width = x.shape[0], x.shape[-1]
+    if kernel.shape == (factor, width):
         first = jnp.zeros_like(kernel).at[0].set(bias)
-        return channelwise(x, kernel, first).sum(2)
-    return dense(x.reshape(*x.shape[:2], -1), kernel.reshape(-1, width), bias)[0]
+        return channelwise(x.reshape(batch, -1, factor, width), kernel, first).sum(2)
+    return dense(x.reshape(batch, -1, factor * width), kernel, bias)[0]
 
 
-def pool_up(weights: Dense, v: jax.Array) -> jax.Array:
-    """[batch, time, width] -> [batch, time * f, width]: each pooled step spread over f.
+def pool_up(weights: Dense, v: jax.Array, factor: int) -> jax.Array:
+    """[batch, time, width] -> [batch, time * factor, width]: each pooled step spread over `factor`.
 
     The input-dilated convolution, whose output s is v[s // f] w[f - 1 - s mod f]; the caller delays it by f - 1, which
     makes it causal.
     """
-    kernel, bias = weights.kernel[::-1], weights.bias
-    factor, width = kernel.shape[0], kernel.shape[-1]
-    if kernel.ndim == 2:
+    kernel, bias = weights
+    width = v.shape[-1]
+    if kernel.shape == (factor, width):
         spread = jnp.broadcast_to(v[:, :, None], (*v.shape[:2], factor, width))
         y = channelwise(spread, kernel, jnp.broadcast_to(bias, kernel.shape))
     else:
-        (y,) = dense(v, kernel.swapaxes(0, 1).reshape(width, -1), jnp.tile(bias, factor))
+        (y,) = dense(v, kernel, bias)
     return y.reshape(v.shape[0], -1, width)
 
 
