@@ -46,6 +46,8 @@ class ModelConfig:
       embedding: how tokens enter: sinusoidal (fixed), linear (scaled to [-1, 1) and projected) or learned (a table).
       embedding_dropout: probability that a feature of the embedding is dropped (the paper tries it on the table).
       dropout: probability that a feature of a residual branch is dropped.
+      activations: what the parallel forward and its gradient keep between layers; parameters, states, norms and logits
+        are float32 in any case, and so is generation.
     """
 
     width: int = 128
@@ -57,6 +59,7 @@ class ModelConfig:
     embedding: Literal["sinusoidal", "linear", "learned"] = "sinusoidal"
     embedding_dropout: float = 0.0
     dropout: float = 0.2
+    activations: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         w, s = self.width, self.state_width
@@ -101,6 +104,8 @@ class DataConfig:
       encoding: mu_law or linear.
       num_levels: levels of a token; 256 is 8 bits.
       window_length: samples of a training window.
+      hop_length: samples from the start of one training window to the next; 0 is the data set's own where
+        window_length is its own too, and else window_length: no overlap.
       crop_length: use only the first that many samples of each recording; 0 uses all.
       threads: reader threads.
       prefetch: batches read ahead.
@@ -110,6 +115,7 @@ class DataConfig:
     encoding: Literal["mu_law", "linear"] = "mu_law"
     num_levels: int = 256
     window_length: int = 16_000
+    hop_length: int = 0
     crop_length: int = 0
     threads: int = 4
     prefetch: int = 4
@@ -118,6 +124,7 @@ class DataConfig:
         _check(bool(self.dataset) and "/" not in self.dataset, "data.dataset", self.dataset, "a folder's plain name")
         _check(2 <= self.num_levels <= 65_536, "data.num_levels", self.num_levels, "between 2 and 65536")
         _check(self.window_length >= 1, "data.window_length", self.window_length, "at least 1 sample")
+        _check(self.hop_length >= 0, "data.hop_length", self.hop_length, "at least 0 (0: the data set's own)")
         _check(self.crop_length >= 0, "data.crop_length", self.crop_length, "at least 0 (0: whole recordings)")
         _check(self.threads >= 1, "data.threads", self.threads, "at least 1")
         _check(self.prefetch >= 1, "data.prefetch", self.prefetch, "at least 1")

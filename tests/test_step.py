@@ -1,5 +1,6 @@
 """The training step: laws 3, 6 and 7, and the recipe's arithmetic."""
 
+import dataclasses
 import functools
 
 import jax
@@ -176,3 +177,22 @@ def test_average_of_the_weights(debias):
         shares = np.array([0.81, 0.9, 1.0]) * 0.1 / (1 - 0.9**3)
         expected = jax.tree.map(lambda *v: sum(s * w for s, w in zip(shares, v, strict=True)), *weights)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6), state.ema, expected)
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 4)])
+def test_bfloat16_activations(mesh):
+    """Close to float32, in half the bytes; what adds up over segments and samples stays in float32."""
+    params, batch, key = parameters(jnp.float32), random_batch(2, 8, 48), jnp.array([3, 4], jnp.uint32)
+    model = HarmonicRNN(dataclasses.replace(MODEL, activations="bfloat16"))
+    loss, grads = jax.jit(make_loss_and_grad(model, make_mesh(MeshConfig(*mesh))))(params, *batch, key)
+    expected, expected_grads = loss_and_grad(1, 1)(params, *batch, key)
+    loss, expected = float(loss), float(expected)
+    loss, expected = float(loss), float(expected)
+    assert loss != expected and loss == pytest.approx(expected, rel=1e-3)
+    for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+        assert ours.dtype == jnp.float32
+        difference = np.linalg.norm(np.asarray(ours) - np.asarray(theirs))
+        assert difference <= 0.1 * np.linalg.norm(np.asarray(theirs))
+    tokens = {"tokens": jnp.zeros((2, 12, 1), jnp.uint8)}
+    logits, state = jax.jit(model.apply)(params, tokens, model.init_state(2))
+    assert {v.dtype.name for v in jax.tree.leaves((logits, state))} == {"float32", "int32"}

@@ -1,5 +1,8 @@
 """Dense layers, normalisation and channel-wise products whose derivatives hold no slow sums.
 
+Parameters may be wider than what they are applied to (float32 beside bfloat16): results have the type of x, and sums
+and the parameters' derivatives that of the parameters.
+
 On CPU, XLA's sums over rows or columns take up to ten times as long as a matrix product with ones. The derivatives are
 written out here so that every such sum is one product, and so that pieces of one wide layer are put together by one
 concatenation.
@@ -25,13 +28,14 @@ def platform() -> str:
     return jax.default_backend() if device is None else getattr(device, "platform", device)
 
 
-def column_sum(x: jax.Array) -> jax.Array:
-    """Sum over all axes but the last: [..., width] -> [width]."""
+def column_sum(x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    """Sum over all axes but the last, in `dtype` if given: [..., width] -> [width]."""
     rows = x.reshape(-1, x.shape[-1])
     if platform() != "cpu":
-        return rows.sum(0)
+        return rows.sum(0, dtype=dtype)
     # Behind a barrier, or XLA sees through the ones and makes the slow sum of it again.
-    return (jax.lax.optimization_barrier(jnp.ones((1, rows.shape[0]), x.dtype)) @ rows)[0]
+    ones = jax.lax.optimization_barrier(jnp.ones((1, rows.shape[0]), x.dtype))
+    return jnp.matmul(ones, rows, preferred_element_type=dtype)[0]
 
 
 def row_mean(x: jax.Array) -> jax.Array:
@@ -49,15 +53,21 @@ def normalise(x: jax.Array) -> jax.Array:
 
 
 def _normalise_forward(x: jax.Array):
-    centred = x - row_mean(x)
+    wide = _wide(x)
+    centred = wide - row_mean(wide)
     inverse = jax.lax.rsqrt(row_mean(centred * centred) + EPSILON)
-    y = centred * inverse
+    y = (centred * inverse).astype(x.dtype)
     return y, (y, inverse)
 
 
 def _normalise_backward(residuals, dy: jax.Array):
     y, inverse = residuals
-    return (inverse * (dy - row_mean(dy) - y * row_mean(dy * y)),)
+    dtype, y, dy = dy.dtype, _wide(y), _wide(dy)
+    return ((inverse * (dy - row_mean(dy) - y * row_mean(dy * y))).astype(dtype),)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 normalise.defvjp(_normalise_forward, _normalise_backward)
@@ -80,7 +90,7 @@ def dense(x: jax.Array, kernel: jax.Array, bias: jax.Array, sizes: tuple[int, ..
 
 
 def _dense_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array, sizes: tuple[int, ...]):
-    y = x @ kernel + bias
+    y = x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
     pieces = jnp.split(y, [sum(sizes[:i]) for i in range(1, len(sizes))], axis=-1) if len(sizes) > 1 else [y]
     return tuple(pieces), (x, kernel)
 
@@ -89,7 +99,8 @@ def _dense_backward(sizes: tuple[int, ...], residuals, pieces: tuple[jax.Array, 
     x, kernel = residuals
     dy = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=-1)
     rows, drows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    return (drows @ kernel.T).reshape(x.shape), rows.T @ drows, column_sum(drows)
+    dkernel = jnp.matmul(rows.T, drows, preferred_element_type=kernel.dtype)
+    return (drows @ kernel.T.astype(x.dtype)).reshape(x.shape), dkernel, column_sum(drows, kernel.dtype)
 
 
 dense.defvjp(_dense_forward, _dense_backward)
@@ -98,20 +109,20 @@ dense.defvjp(_dense_forward, _dense_backward)
 @jax.custom_vjp
 def channelwise(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     """x * kernel + bias: x [batch, time, *shape], kernel and bias of that shape."""
-    return x * kernel + bias
+    return _channelwise_forward(x, kernel, bias)[0]
 
 
 def _channelwise_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array):
-    return x * kernel + bias, (x, kernel)
+    return x * kernel.astype(x.dtype) + bias.astype(x.dtype), (x, kernel)
 
 
 def _channelwise_backward(residuals, dy: jax.Array):
     x, kernel = residuals
 
     def summed(v: jax.Array) -> jax.Array:
-        return column_sum(v.reshape(*v.shape[: v.ndim - kernel.ndim], -1)).reshape(kernel.shape)
+        return column_sum(v.reshape(*v.shape[: v.ndim - kernel.ndim], -1), kernel.dtype).reshape(kernel.shape)
 
-    return dy * kernel, summed(dy * x), summed(dy)
+    return dy * kernel.astype(x.dtype), summed(dy * x), summed(dy)
 
 
 channelwise.defvjp(_channelwise_forward, _channelwise_backward)

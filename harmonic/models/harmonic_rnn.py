@@ -229,6 +229,7 @@ class HarmonicRNN:
         if rng is not None and axis is not None:
             rng = rng._replace(chunk=rng.chunk + jax.lax.axis_index(axis) * (time // self.multiple))
         x = self._embed(weights, tokens, rng)
+        x = x.astype(jnp.bfloat16) if self.config.activations == "bfloat16" else x
         stacks = self._cut((weights.blocks, state.hidden))
         hidden: dict[str, Pair] = {}
         pending: list[jax.Array] = []
@@ -242,9 +243,9 @@ class HarmonicRNN:
             factor = self.config.pool_factors[level]
             raw = layers.pool_up(weights.pools[f"up_pool_{level}"], x, factor)
             edge = factor - 1
-            due, carry = left_halo(raw[:, -edge:], state.pending[level], axis)
+            due, carry = left_halo(raw[:, -edge:].astype(state.pending[level].dtype), state.pending[level], axis)
             pending.insert(0, carry)
-            x = jnp.concatenate([due, raw[:, :-edge]], axis=1) + skips[level]
+            x = jnp.concatenate([due.astype(raw.dtype), raw[:, :-edge]], axis=1) + skips[level]
             x, hidden[f"up_{level}"] = self._run(f"up_{level}", x, stacks, rng, axis)
         joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(hidden[name] for name in self._stacks))
         return self._logits(weights, x), State(state.position, last, joined, tuple(pending), state.collected)
@@ -275,6 +276,7 @@ class HarmonicRNN:
         return layers.dropout(x, self.config.embedding_dropout, rng, 2 * self.num_blocks, self.multiple)
 
     def _logits(self, weights: Weights, x: jax.Array) -> jax.Array:
+        x = x.astype(weights.head.kernel.dtype)
         return layers.dense(layers.normalise(x), *weights.head)[0][:, :, None]
 
     def step(self, params: Params | Weights, inputs: Inputs, state: State) -> tuple[jax.Array, State]:

@@ -211,7 +211,7 @@ def run_block(
     z_re, z_im, p_i, p_r, gate = dense(normalise(x), *weights.entry, (channels,) * 4 + (width,))
     h, h_last = cg_lru((z_re, z_im), (p_i, p_r), weights.decay, weights.theta, h0, axis=axis)
     (y,) = dense(h[0], *weights.read_re)
-    (branch,) = dense((y + h[1] @ weights.read_im) * nnx.gelu(gate), *weights.last)
+    (branch,) = dense((y + h[1] @ weights.read_im.astype(x.dtype)) * nnx.gelu(gate), *weights.last)
     x = x + dropout(branch, rate, rng, 2 * number, per_chunk)
     up, gate = dense(normalise(x), *weights.mlp, (2 * width,) * 2)
     (branch,) = dense(up * nnx.gelu(gate), *weights.mlp_last)
