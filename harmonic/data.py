@@ -21,7 +21,16 @@ import numpy as np
 
 from harmonic.config import Config
 from harmonic.errors import UserError
-from harmonic.records import Manifest, RecordError, Recording, Shard, decode_record, load_manifest, read_index
+from harmonic.records import (
+    Manifest,
+    RecordError,
+    Recording,
+    Shard,
+    count_windows,
+    decode_record,
+    load_manifest,
+    read_index,
+)
 
 
 class Split:
@@ -137,6 +146,7 @@ class Windows(grain.sources.RandomAccessDataSource):
     Args:
       split: what to read.
       window: samples of a window; a recording's last one may be shorter.
+      hop: samples from one window's start to the next: they overlap, or skip some; `window` if not given.
       crop: use only the first that many samples of each recording; 0 for all.
       padded: length of a window with its padding; at least the longest window.
       segments: equal parts of that length, which are cut into pieces.
@@ -150,14 +160,15 @@ class Windows(grain.sources.RandomAccessDataSource):
         split: Split,
         window: int,
         *,
+        hop: int | None = None,
         crop: int = 0,
         padded: int | None = None,
         segments: int = 1,
         piece: tuple[int, int] = (0, 1),
     ):
-        self._split, self.window = split, window
+        self._split, self.window, self.hop = split, window, hop or window
         self.lengths = np.minimum(split.lengths, crop) if crop else split.lengths
-        self._ends = np.cumsum(-(-self.lengths // window))
+        self._ends = np.cumsum([count_windows(int(length), window, self.hop) for length in self.lengths])
         self.padded = padded or int(min(window, self.lengths.max()))
         index, count = piece
         stride, self._piece = self.padded // segments, self.padded // segments // count
@@ -189,12 +200,13 @@ class Windows(grain.sources.RandomAccessDataSource):
             raise IndexError(f"window {index} of {len(self)}")
         recording = int(np.searchsorted(self._ends, index, side="right"))
         first = self._ends[recording - 1] if recording else 0
-        start = (index - int(first)) * self.window
+        start = (index - int(first)) * self.hop
         return recording, start, min(start + self.window, int(self.lengths[recording]))
 
     def __repr__(self) -> str:
         # Grain tells data sources apart by this: a resumed iterator must find the same one.
-        return f"Windows({self._split.name}, {self._split.manifest.fingerprint}, {self.window}, {self.padded})"
+        hop = f", {self.hop}" * (self.hop != self.window)
+        return f"Windows({self._split.name}, {self._split.manifest.fingerprint}, {self.window}, {self.padded}{hop})"
 
 
 def train_batches(
@@ -225,6 +237,7 @@ def train_batches(
     windows = Windows(
         dataset.split("train"),
         config.data.window_length,
+        hop=hop_length(dataset.manifest, config),
         crop=config.data.crop_length,
         padded=segments * length,
         segments=segments,
@@ -243,6 +256,13 @@ def train_batches(
     )
     options = grain.ReadOptions(num_threads=config.data.threads, prefetch_buffer_size=config.data.prefetch)
     return iter(batches.to_iter_dataset(options))
+
+
+def hop_length(manifest: Manifest, config: Config) -> int:
+    """Samples from the start of one training window to the next: the config's own, else the data set's where windows
+    are as long as its own, else no overlap."""
+    window = config.data.window_length
+    return config.data.hop_length or (manifest.hop_length if window == manifest.window_length else window)
 
 
 @dataclasses.dataclass(frozen=True)

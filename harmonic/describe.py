@@ -10,10 +10,12 @@ from typing import Any
 import jax
 
 from harmonic import program
-from harmonic.config import Config
+from harmonic.config import Config, ModelConfig
 from harmonic.models import HarmonicRNN
+from harmonic.models.harmonic_rnn import KEPT_FROM_STRIDE
 
 _NUMBER = 4  # bytes of a float32 and of a token that is sent
+_STREAMS = (1, 8, 32, 1_024)  # generated side by side
 
 
 def count(tree: Any) -> int:
@@ -21,17 +23,21 @@ def count(tree: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def describe(config: Config, *, device_bytes: int = 16 << 30) -> dict[str, Any]:
-    """Sizes of a config's model and batches. Nothing is allocated.
+def describe(
+    config: Config, *, device_bytes: int = 16 << 30, device_flops: float = math.inf, device_bandwidth: float = math.inf
+) -> dict[str, Any]:
+    """Sizes of a config's model and batches, and what they cost. Nothing is allocated.
 
     Args:
       config: of a run.
       device_bytes: memory of one device, for what fits.
+      device_flops, device_bandwidth: operations and bytes a second of one device, for its bounds.
 
     Returns:
       {"parameters": {"total", "by_part"}, "blocks", "pooling_product", "state_bytes" (of one stream), "training"
-      (samples of a window and of a step, segments), "memory" (as `memory` gives it), "fits" (as `fits` does),
-      "communication" (as `communication` gives it)}.
+      (samples of a window and of a step, segments), "operations" (as `operations` gives them), "weight_bytes" (as
+      `weight_bytes` does), "bounds" (as `bounds` does), "memory" (as `memory` does), "fits" (as `fits` does),
+      "communication" (as `communication` does)}.
     """
     model = HarmonicRNN(config.model, config.data.num_levels)
     params = jax.eval_shape(model.init, jax.random.key(0))
@@ -65,10 +71,109 @@ def describe(config: Config, *, device_bytes: int = 16 << 30) -> dict[str, Any]:
             "segments": segments,
             "segment_length": length,
         },
+        "operations": operations(config),
+        "weight_bytes": weight_bytes(config),
+        "bounds": bounds(config, device_flops, device_bandwidth),
         "memory": memory(config),
         "fits": fits(config, device_bytes),
         "communication": communication(config),
     }
+
+
+def _rates(model: ModelConfig) -> tuple[float, float, list[float]]:
+    """Blocks a sample, over all levels at their own rates; those of them whose activations are kept for the backward
+    pass; and the rate of each level that is pooled, from 1 down."""
+    strides = [math.prod(model.pool_factors[:level]) for level in range(len(model.level_blocks))]
+    passes = [2] * len(model.pool_factors) + [1]  # down and up, but for the innermost
+    blocks = [p * n / stride for p, n, stride in zip(passes, model.level_blocks, strides, strict=True)]
+    kept = sum(n for n, stride in zip(blocks, strides, strict=True) if stride >= KEPT_FROM_STRIDE)
+    return sum(blocks), kept, [1 / stride for stride in strides[:-1]]
+
+
+def operations(config: Config) -> dict[str, dict[str, int]]:
+    """Operations for one sample, by formula: what the model's equations ask for, each level at its own rate.
+
+    An addition, a multiplication, a comparison and an elementary function count one each. Zeros between the gates'
+    blocks and the pooling's groups are not counted, and the recurrence is one pass.
+
+    Returns:
+      {"forward" (up to the logits), "training", "generation"}, each {"dense" (with gates and head), "pooling",
+      "recurrence", "elementwise", "total"}. In training, blocks of the outer levels but for their last layer are
+      made again for the backward pass, and with several segments everything once more; the backward pass itself takes
+      twice a forward's. The update, once a step, is not counted.
+    """
+    model, levels, several = config.model, config.data.num_levels, config.segments[0] > 1
+    width, state, channels = model.width, model.state_width, model.state_width // 2
+    blocks, kept, pools = _rates(model)
+    # Temporal: in, the two gates, out, gate, last. MLP: up, gate, last.
+    temporal = width * state + 2 * state * channels // model.gate_blocks + state * width + 2 * width * width
+    in_blocks = {
+        "dense": blocks * 2 * (temporal + 6 * width * width),
+        "recurrence": blocks * 8 * channels,
+        # A feature: two norms of 7, three gelus of 9, three products with them, two sums. A channel: two sigmoids of 3,
+        # log a and a 6, sqrt(1 - |a|^2) 3, times i and z 3.
+        "elementwise": blocks * (46 * width + 18 * channels),
+    }
+    linear, sinusoidal = model.embedding == "linear", model.embedding == "sinusoidal"
+    outside = {
+        "dense": 2 * width * (levels + linear),
+        "pooling": 2 * 2 * width * (width // model.pool_groups) * sum(pools),  # down and up, for each input sample
+        "elementwise": (7 + 1.5 * sinusoidal + sum(pools)) * width,  # the last norm, the embedding, skip connections
+    }
+
+    def total(runs: float, runs_outside: float, **more: float) -> dict[str, int]:
+        kinds = ("dense", "pooling", "recurrence", "elementwise")
+        counts = {k: runs * in_blocks.get(k, 0) + runs_outside * outside.get(k, 0) + more.get(k, 0) for k in kinds}
+        return {**{kind: round(n) for kind, n in counts.items()}, "total": round(sum(counts.values()))}
+
+    forwards = 2 + several - kept / blocks
+    last = (blocks - kept) * 2 * 2 * width * width
+    masks = 10 * 2 * width * blocks * (model.dropout > 0)  # a hash and a choice for every feature of two branches
+    # A softmax takes 3 for a level; its gradient, as a draw by the cumulative sum, 3 more.
+    return {
+        "forward": total(1, 1),
+        "training": total(forwards + 2, 3 + several, dense=-last, elementwise=forwards * masks + 6 * levels),
+        "generation": total(1, 1, elementwise=6 * levels),
+    }
+
+
+def weight_bytes(config: Config) -> dict[str, int]:
+    """Bytes of weights that are read for a generated sample of one stream, by the number of streams side by side.
+
+    Every step reads the outermost level's weights, and an inner level's when it runs; all streams share them.
+    """
+    params = jax.eval_shape(HarmonicRNN(config.model, config.data.num_levels).init, jax.random.key(0))
+    blocks, _, pools = _rates(config.model)
+    read = blocks * count(params["blocks"]) / params["blocks"]["temporal"]["norm"]["scale"].shape[0]
+    read += count(params["head"])
+    for level, (rate, factor) in enumerate(zip(pools, config.model.pool_factors, strict=True)):
+        read += rate / factor * (count(params[f"down_pool_{level}"]) + count(params[f"up_pool_{level}"]))
+    # Of a learned embedding one row is read, of a linear one all.
+    embedding = count(params["embedding"])
+    read += embedding / config.data.num_levels if config.model.embedding == "learned" else embedding
+    return {str(streams): round(read * _NUMBER / streams) for streams in _STREAMS}
+
+
+def bounds(config: Config, flops: float, bandwidth: float) -> dict[str, Any]:
+    """Samples a second that one device cannot exceed, by `operations` and `weight_bytes`.
+
+    Args:
+      flops, bandwidth: of the device, operations and bytes a second; infinite for what is not known.
+
+    Returns:
+      {"training" (only with `flops`), "generation" (over all streams, by their number: limited by operations or by the
+      reading of weights, whichever takes longer), and what was given}; nothing where nothing is known.
+    """
+    needed, read = operations(config), weight_bytes(config)
+    found: dict[str, Any] = {}
+    if flops < math.inf:
+        found |= {"device_flops": flops, "training": round(flops / needed["training"]["total"])}
+    if bandwidth < math.inf:
+        found["device_bandwidth"] = bandwidth
+    if found:
+        compute = needed["generation"]["total"] / flops
+        found["generation"] = {n: round(1 / max(compute, size / bandwidth)) for n, size in read.items()}
+    return found
 
 
 def memory(config: Config) -> dict[str, int]:
@@ -87,14 +192,12 @@ def memory(config: Config) -> dict[str, int]:
     (segments, length), width, train = config.segments, config.model.width, config.train
     rows = train.global_batch_size // config.mesh.data
     at_once = rows // train.accumulate * length // config.mesh.seq
-    # Kept of each block is its input, and of each level the skip; at the outermost rate the most is alive.
-    kept, stride = 0.0, 1
-    for level, blocks in enumerate(config.model.level_blocks):
-        inner = level == len(config.model.pool_factors)
-        kept += (blocks if inner else 2 * blocks + 1) / stride
-        stride *= 1 if inner else config.model.pool_factors[level]
-    block = 16.4 * config.model.state_width / 2 + (18 + 5 * bool(config.model.pool_factors)) * width
-    alive = kept * width + max(block, 4 * config.data.num_levels + 6 * width)
+    # Kept is each block's input, of some blocks all that they compute, and of each level the skip; at the outermost
+    # rate the most is alive.
+    blocks, whole, pools = _rates(config.model)
+    block = 16.4 * config.model.state_width / 2 + 18 * width
+    most = max(block + 5 * bool(pools) * width, 4 * config.data.num_levels + 6 * width)
+    alive = (blocks + sum(pools)) * width + whole * block + most
     parts = {
         "weights": 2 * weights,
         "optimizer": 2 * weights,

@@ -14,6 +14,7 @@ not overlap, and are `record_length` samples long but for the last. Windows are 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import struct
@@ -26,7 +27,7 @@ import numpy as np
 
 from harmonic.errors import UserError
 
-FORMAT = 1
+FORMAT = 2  # 1 had no hop, no options and no checksum; it is still read
 SPLITS = ("train", "validation", "test")
 MANIFEST_NAME = "manifest.json"
 _MAGIC = b"HRN1"
@@ -117,8 +118,12 @@ class Recording:
       length: samples.
       records: how many records hold it.
       label: as in `Record.label`.
-      low, high: minimum and maximum of the waveform after mixing and resampling; what quantisation scaled to [-1, 1].
+      low, high: what quantisation scaled to -1 and 1, in the waveform after mixing and resampling: its minimum and
+        maximum, or, where loudness is normalised, -1 / gain and 1 / gain.
       source_rate: the source file's sample rate, in Hz.
+      level: root mean square of that waveform (of what trimming left of it), in dB below full scale; None in a data set
+        of format 1.
+      cut_front, cut_back: samples that trimming cut off.
     """
 
     id: str
@@ -128,11 +133,17 @@ class Recording:
     low: float
     high: float
     source_rate: int
+    level: float | None = None
+    cut_front: int = 0
+    cut_back: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A shard file of a split, with its index beside it. Checksums are SHA-256 in hexadecimal."""
+    """A shard file of a split, with its index beside it. Checksums are SHA-256 in hexadecimal.
+
+    `longest` is the length of its longest recording, in samples; 0 in a data set of format 1.
+    """
 
     file: str
     bytes: int
@@ -144,6 +155,7 @@ class Shard:
     recordings: int
     windows: int
     samples: int
+    longest: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,11 +184,16 @@ class Manifest:
     Attributes:
       dataset: its name.
       source: where it came from, as given (`hub`, a path or URL, `synth`).
-      fingerprint: SHA-256 over what the source held; equal sources, equal fingerprints.
+      fingerprint: SHA-256 over what the source held, and over hop, trimming, loudness and splits where they are not the
+        defaults; equal fingerprints, equal recordings to train on.
       sample_rate: Hz.
       encoding, num_levels, token_dtype, channels: what a token is.
       window_length: samples of the data set's usual training window; `windows` are counted with it.
+      hop_length: samples from the start of one such window to the start of the next.
       record_length: the longest piece in a record, in samples.
+      trim_silence: leading and trailing silence that many dB below the loudest frame was cut off; None: it was not.
+      loudness: recordings were brought to that loudness, in LUFS, and to one scale; None: each has its own scale.
+      split_rule: `default` (the source's own, or by hash), `hash` with its shares, or `lists` with their SHA-256.
       splits: by name, each of `SPLITS`.
       skipped: recordings that could not be read.
     """
@@ -190,38 +207,61 @@ class Manifest:
     token_dtype: str
     channels: int
     window_length: int
+    hop_length: int
     record_length: int
+    trim_silence: float | None
+    loudness: float | None
+    split_rule: str
     splits: dict[str, Split]
     skipped: tuple[Skipped, ...] = ()
 
     def to_json(self) -> str:
-        """The text of manifest.json: the same manifest always gives the same text."""
-        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2) + "\n"
+        """The text of manifest.json, its own checksum in it: the same manifest always gives the same text."""
+        body = {"format": FORMAT, **dataclasses.asdict(self)}
+        checksum = hashlib.sha256(json.dumps(body, indent=2).encode()).hexdigest()
+        return json.dumps({**body, "checksum": checksum}, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
         """Reads `to_json`'s text.
 
         Raises:
-          ValueError: not the JSON of a manifest, of another format, or with values that cannot be.
+          ValueError: not the JSON of a manifest, of another format, with values that cannot be, or changed.
         """
         raw = json.loads(text)
-        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        if not isinstance(raw, dict) or raw.get("format") not in (1, FORMAT):
             raise ValueError(f"not a manifest of format {FORMAT}")
+        if raw["format"] == 1:
+            before = {"hop_length": raw.get("window_length"), "trim_silence": None, "loudness": None}
+            raw = {**raw, **before, "split_rule": "default"}
         splits = _field(raw, "splits", dict)
         manifest = cls(
-            **{f.name: _field(raw, f.name, _TYPES[str(f.type)]) for f in dataclasses.fields(cls)[:10]},
+            **{f.name: _field(raw, f.name, _TYPES[str(f.type)]) for f in dataclasses.fields(cls)[:-2]},
             splits={name: _split(splits, name) for name in splits},
             skipped=tuple(_row(Skipped, row) for row in _field(raw, "skipped", list)),
         )
         if set(manifest.splits) != set(SPLITS):
             raise ValueError(f"splits are {sorted(manifest.splits)}, not {sorted(SPLITS)}")
+        for name in ("sample_rate", "channels", "window_length", "hop_length", "record_length"):
+            if getattr(manifest, name) < 1:
+                raise ValueError(f"{name} is {getattr(manifest, name)}, below 1")
+        if manifest.token_dtype not in _DTYPES:
+            raise ValueError(f"token_dtype is {manifest.token_dtype!r:.60}, not one of {', '.join(_DTYPES)}")
+        if raw["format"] == FORMAT and text != manifest.to_json():
+            raise ValueError("it does not match its own checksum")
         return manifest
 
 
-def count_windows(length: int, window_length: int) -> int:
-    """How many windows cut a recording of `length` samples, the last one perhaps short."""
-    return -(-length // window_length)
+def count_windows(length: int, window_length: int, hop_length: int | None = None) -> int:
+    """How many windows cut a recording of `length` samples: the last is the first that reaches its end, perhaps short.
+
+    Args:
+      length: samples of the recording.
+      window_length: samples of a window.
+      hop_length: from one window's start to the next; `window_length` if not given. Longer ones skip samples.
+    """
+    hop = hop_length or window_length
+    return -(-(max(length - window_length, 0) + min(window_length, hop)) // hop) if length else 0
 
 
 def load_manifest(folder: str | os.PathLike[str]) -> Manifest:
@@ -232,7 +272,7 @@ def load_manifest(folder: str | os.PathLike[str]) -> Manifest:
     """
     path = Path(folder) / MANIFEST_NAME
     try:
-        return Manifest.from_json(path.read_text())
+        return Manifest.from_json(path.read_bytes().decode())  # not as text: that would mend damaged line ends
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing: no data set stands in {folder}; make one with "
@@ -250,15 +290,22 @@ def read_index(folder: str | os.PathLike[str], shard: Shard) -> Iterator[Recordi
     """
     path = Path(folder) / shard.index_file
     try:
-        data = path.read_bytes()
-        if len(data) != shard.index_bytes:
-            raise ValueError(f"{len(data)} bytes instead of {shard.index_bytes}")
-        rows = [_row(Recording, json.loads(line)) for line in data.splitlines()]
-        if len(rows) != shard.recordings or sum(row.records for row in rows) != shard.records:
-            raise ValueError("it does not match the manifest")
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != shard.index_bytes:
+                raise ValueError(f"{size} bytes instead of {shard.index_bytes}")
+            if hashlib.file_digest(file, "sha256").hexdigest() != shard.index_sha256:
+                raise ValueError("it does not match its checksum")
+            file.seek(0)
+            recordings = records = 0
+            for line in file:
+                row = _row(Recording, json.loads(line))
+                recordings, records = recordings + 1, records + row.records
+                yield row
+            if (recordings, records) != (shard.recordings, shard.records):
+                raise ValueError("it does not match the manifest")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is missing or damaged ({error}); prepare the data set again") from error
-    yield from rows
 
 
 def index_line(recording: Recording) -> bytes:
@@ -270,6 +317,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "str": str,
     "int": int,
     "float": (int, float),
+    "float | None": (int, float, type(None)),
     "str | None": (str, type(None)),
 }
 
@@ -286,7 +334,13 @@ def _field(raw: Any, name: str, kind: type | tuple[type, ...]) -> Any:
 
 
 def _row(cls: type, raw: Any) -> Any:
-    return cls(**{f.name: _field(raw, f.name, _TYPES[str(f.type)]) for f in dataclasses.fields(cls)})
+    return cls(
+        **{
+            f.name: _field(raw, f.name, _TYPES[str(f.type)])
+            for f in dataclasses.fields(cls)
+            if f.default is dataclasses.MISSING or (isinstance(raw, dict) and f.name in raw)
+        }
+    )
 
 
 def _split(splits: dict[str, Any], name: str) -> Split:

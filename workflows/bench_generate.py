@@ -8,36 +8,37 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from harmonic.config import Config
+from harmonic.describe import operations
 from harmonic.generate import generate
 from harmonic.models import HarmonicRNN
-from workflows.bench_train import dense_operations
 from workflows.plain_step import plain_step
-from workflows.timing import REPEATS, best_seconds
+from workflows.timing import REPEATS, best_seconds, matrix_rate
 
 
 def suite(config: Config, batches: Sequence[int] = (1, 8, 32), length: int = 800) -> Iterator[dict[str, Any]]:
-    """Generation with fresh weights, batch by batch, beside the plain step with the same weights and sampling."""
+    """Generation with fresh weights, batch by batch, beside the plain step with the same weights and sampling, and
+    beside the rate of a large matrix product: the operations that it needs, over those that such a product makes."""
     model = HarmonicRNN(config.model, config.data.num_levels)
     params = jax.jit(model.init)(jax.random.key(0))
-    side = 2_048
-    matrix = jnp.ones((side, side))
-    flops = 2 * side**3 / best_seconds(jax.jit(lambda m: m @ m), matrix)
+    dtype = jax.tree.leaves(params)[0].dtype
+    needed = operations(config)["generation"]["dense"]
     for batch in batches:
         chunks = generate(model, params, batch=batch, length=length * (REPEATS + 1), chunk=length)
         next(chunks)  # compiles
         seconds = min(_seconds(functools.partial(next, chunks)) for _ in range(REPEATS))
         plain = plain_function(model, length // 4)
         plain_seconds = best_seconds(plain, params, model.init_state(batch), jax.random.key(0)) / (length // 4)
-        rate = batch * length / seconds
+        samples, rate = batch * length / seconds, matrix_rate(dtype)
         yield {
             "config": config.name,
-            "batch": batch,
-            "samples_per_second": rate,
-            "faster_than_plain": rate * plain_seconds / batch,
-            "of_matrix_rate": rate * dense_operations(config) / flops,
+            "shape": [batch, length],
+            "dtype": dtype.name,
+            "samples_per_second": samples,
+            "faster_than_plain": samples * plain_seconds / batch,
+            "of_matrix_rate": samples * needed / rate,
+            "matrix_operations_per_second": rate,
         }
 
 

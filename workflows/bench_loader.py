@@ -16,29 +16,42 @@ from harmonic.data import Dataset, train_batches
 from pipelines.build import PrepareSpec, prepare
 from workflows.bench_train import measure
 
-_SETTINGS = (16_000, 128_000, 960_512)  # samples of a window: SC09, Beethoven, YouTubeMix
+SETTINGS = ("sc09", "beethoven", "youtubemix")  # the paper's: windows of 16,000, 128,000 and 960,512 samples
 _SAMPLES = 16_000_000  # of noise, for each setting
 
 
 def suite(
-    config: Config, lengths: Sequence[int] = _SETTINGS, samples: int = _SAMPLES, step_length: int = 16_000
+    configs: Sequence[Config], batch: int = 1, length: int = 16_000, samples: int = _SAMPLES
 ) -> Iterator[dict[str, Any]]:
-    """Batches of the config's size, from recordings as long as the windows, prepared for the purpose."""
-    demand = measure(config, 1, step_length)["samples_per_second"]
-    for length in lengths:
+    """Batches of each config's windows, encoding and size, from recordings as long as the windows, prepared for the
+    purpose; over what that config's train step takes.
+
+    Args:
+      configs: settings to measure.
+      batch, length: of the train step. Its time grows linearly in both, where they are large enough for the device.
+      samples: of noise to prepare, for each config.
+    """
+    demands: dict[Any, float] = {}
+    for config in configs:
+        sizes = config.model, config.data.num_levels
+        if sizes not in demands:
+            demands[sizes] = measure(override(config, ["train.segment_length=0"]), batch, length)["samples_per_second"]
         with tempfile.TemporaryDirectory() as folder:
-            given = _rate(config, Path(folder), length, max(samples // length, 8))
+            given, dtype = _rate(config, Path(folder), max(samples // config.data.window_length, 8))
         yield {
             "config": config.name,
-            "window": length,
-            "batch": config.train.global_batch_size,
+            "encoding": config.data.encoding,
+            "shape": [config.train.global_batch_size, config.training_length],
+            "dtype": dtype,
             "samples_per_second": given,
-            "over_train_step": given / demand,
+            "train_step_shape": [batch, length],
+            "over_train_step": given / demands[sizes],
         }
 
 
-def _rate(config: Config, folder: Path, length: int, recordings: int) -> float:
-    numbers = np.random.default_rng(0)
+def _rate(config: Config, folder: Path, recordings: int) -> tuple[float, str]:
+    """Samples a second, and their type."""
+    numbers, length = np.random.default_rng(0), config.data.window_length
     (folder / "recordings").mkdir()
     for i in range(recordings):
         noise = numbers.normal(0, 0.1, length).astype(np.float32)
@@ -51,11 +64,11 @@ def _rate(config: Config, folder: Path, length: int, recordings: int) -> float:
         num_levels=config.data.num_levels,
     )
     prepare(spec)
-    sizes = [f"data.window_length={length}", "data.crop_length=0", "train.segment_length=0"]
-    batches = train_batches(Dataset(folder / "data" / "noise"), override(config, sizes))
-    next(batches)
+    batches = train_batches(Dataset(folder / "data" / "noise"), config)
+    dtype = next(batches)["tokens"].dtype.name
     read, start = 0, time.perf_counter()
     while read < 4 or time.perf_counter() - start < 3:  # batches, and seconds
         next(batches)
         read += 1
-    return read * config.train.global_batch_size * length / (time.perf_counter() - start)
+    samples = read * config.train.global_batch_size * config.training_length
+    return samples / (time.perf_counter() - start), dtype

@@ -81,7 +81,7 @@ def measure(config: Config, reference: Path) -> dict[str, Any]:
       reference: an .npz with the figures to compare with; on a single device it is written.
 
     Returns:
-      {"mesh" [data, seq], "processes", "shape", "segments", "loss", "loss_difference" (relative),
+      {"mesh" [data, seq], "processes", "shape", "segments", "dtype", "loss", "loss_difference" (relative),
       "gradient_difference" (of any entry, to the largest in its array), "sent_bytes" (by one device; read from the
       compiled program: "layer", one scan in one segment; "segment", "gradients" and "step"), "foretold_bytes" (of a
       step, by `describe`), "temporary_bytes" (of one device), "over_even_share" (these times the devices, over those of
@@ -104,6 +104,7 @@ def measure(config: Config, reference: Path) -> dict[str, Any]:
         "processes": jax.process_count(),
         "shape": [config.train.global_batch_size, config.training_length],
         "segments": [segments, segment],
+        "dtype": config.model.activations,
         "loss": float(outputs[0]),
         "loss_difference": differences[0],
         "gradient_difference": max(differences[1:]),

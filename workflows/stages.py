@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
@@ -25,6 +26,7 @@ from harmonic.evaluate import Likelihood, baselines, evaluate_split
 from harmonic.generate import generate
 from harmonic.metrics import Progress
 from harmonic.records import Manifest, load_manifest
+from pipelines.levels import gain
 
 
 def read_json(path: Path) -> Any:
@@ -163,12 +165,14 @@ class Prompt:
     label: str | None = None
 
 
-def read_prompt(path: str, weights: Weights, sample_rate: int, *, seconds: float | None, resample: bool) -> Prompt:
-    """A prompt from an audio file, scaled by its own minimum and maximum as every recording is.
+def read_prompt(path: str, weights: Weights, manifest: Manifest, *, seconds: float | None, resample: bool) -> Prompt:
+    """A prompt from an audio file, scaled as the data set's recordings are: by its own minimum and maximum, or to their
+    loudness.
 
     Raises:
       UserError: it cannot be read, or is at another rate and `resample` is not set.
     """
+    sample_rate = manifest.sample_rate
     waveform, rate = audio.read_audio(path)
     if rate != sample_rate:
         if not resample:
@@ -181,8 +185,55 @@ def read_prompt(path: str, weights: Weights, sample_rate: int, *, seconds: float
     if not len(waveform):
         raise UserError(f"the prompt {path} is shorter than a sample; give a longer one")
     data = weights.config.data
-    tokens = audio.encode(waveform, data.encoding, num_levels=data.num_levels)
+    scale: dict[str, float] = {}
+    if manifest.loudness is not None:
+        waveform = waveform * np.float32(gain(lambda: iter([waveform]), float(abs(waveform).max()), manifest.loudness))
+        scale = {"low": -1.0, "high": 1.0}
+    tokens = audio.encode(waveform, data.encoding, num_levels=data.num_levels, **scale)
     return Prompt(tokens[:, None], str(path))
+
+
+def _lengths(seconds: float, sample_rate: int, prompts: list[Prompt] | None) -> tuple[int, int]:
+    """(samples of a whole, of its prompt)."""
+    length, given = round(seconds * sample_rate), len(prompts[0].tokens) if prompts else 0
+    if length <= given:
+        raise UserError(
+            f"the prompt {prompts[0].source if prompts else ''} has {given / sample_rate:.2f} s, but --seconds="
+            f"{seconds:g} counts prompt and continuation together; give more --seconds, or fewer --prompt_seconds"
+        )
+    return length, given
+
+
+def _waveforms(
+    weights: Weights,
+    kind: str,
+    num_samples: int,
+    length: int,
+    prompts: list[Prompt] | None,
+    *,
+    chunk: int = 4_000,
+    **settings: Any,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(float32 [num_samples, time, 1], its nats [num_samples]) in pieces of `chunk` samples as they are made, behind
+    the prompts, which count no nats. `settings` are those of `generate`."""
+    data = weights.config.data
+
+    def decode(tokens: np.ndarray) -> np.ndarray:
+        return audio.decode(tokens, data.encoding, num_levels=data.num_levels)
+
+    prompt = None
+    if prompts:
+        # One for all is given once: so it is the same as one of a kind.
+        prompt = prompts[0].tokens if len(prompts) == 1 else np.stack([p.tokens for p in prompts])
+        length -= prompt.shape[-2]
+        yield decode(np.broadcast_to(prompt, (num_samples, *prompt.shape[-2:]))), np.zeros(num_samples)
+    progress = Progress(f"generate {kind}s", length * num_samples, unit="sample")
+    for made in generate(
+        weights.model, weights.params, batch=num_samples, length=length, prompt=prompt, chunk=chunk, **settings
+    ):
+        yield decode(made.tokens), made.nats
+        progress.update(made.tokens.shape[0] * made.tokens.shape[1])
+    progress.close()
 
 
 def write_samples(
@@ -210,45 +261,21 @@ def write_samples(
     Raises:
       UserError: a prompt that is as long as what is asked for.
     """
-    data, length = weights.config.data, round(seconds * sample_rate)
-    prompt = None if not prompts else np.stack([p.tokens for p in prompts])
-    given = 0 if prompt is None else prompt.shape[1]
-    if length <= given:
-        raise UserError(
-            f"the prompt {prompts[0].source if prompts else ''} has {given / sample_rate:.2f} s, but --seconds="
-            f"{seconds:g} counts prompt and continuation together; give more --seconds, or fewer --prompt_seconds"
-        )
+    length, given = _lengths(seconds, sample_rate, prompts)
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"{kind}_{i:04d}.wav" for i in range(num_samples)]
     partial = [folder / f"{name}.partial" for name in names]
     nats = np.zeros(num_samples)
-    progress = Progress(f"generate {kind}s", (length - given) * num_samples, unit="sample")
+    settings: dict[str, Any] = {"seed": seed, "temperature": temperature, "top_p": top_p}
     with contextlib.ExitStack() as stack:
         files = [
             stack.enter_context(soundfile.SoundFile(path, "w", sample_rate, 1, subtype="PCM_16", format="WAV"))
             for path in partial
         ]
-
-        def write(tokens: np.ndarray) -> None:
-            for file, row in zip(files, audio.decode(tokens, data.encoding, num_levels=data.num_levels), strict=True):
-                file.write(row)
-
-        if prompt is not None:
-            write(np.broadcast_to(prompt, (num_samples, *prompt.shape[1:])))
-        for chunk in generate(
-            weights.model,
-            weights.params,
-            batch=num_samples,
-            length=length - given,
-            seed=seed,
-            temperature=temperature,
-            top_p=top_p,
-            prompt=prompt if prompts and len(prompts) > 1 else None if prompt is None else prompt[0],
-        ):
-            write(chunk.tokens)
-            nats += chunk.nats
-            progress.update(chunk.tokens.shape[0] * chunk.tokens.shape[1])
-    progress.close()
+        for waveforms, their_nats in _waveforms(weights, kind, num_samples, length, prompts, **settings):
+            for file, waveform in zip(files, waveforms, strict=True):
+                file.write(waveform)
+            nats += their_nats
     for path, name in zip(partial, names, strict=True):
         os.replace(path, folder / name)
     rows = []
@@ -265,6 +292,40 @@ def write_samples(
             row |= {"source": source.source, "label": source.label}
         rows.append(row)
     return rows
+
+
+def stream_sample(
+    weights: Weights,
+    out: BinaryIO,
+    *,
+    seconds: float,
+    seed: int,
+    temperature: float,
+    top_p: float,
+    sample_rate: int,
+    prompts: list[Prompt] | None = None,
+) -> float:
+    """Hands out one sample while it is made: raw 16-bit little-endian PCM, flushed ten times a second of audio.
+
+    The bytes are those of the first WAV file that `write_samples` writes with the same settings.
+
+    Returns:
+      Bits per sample of what was generated.
+
+    Raises:
+      UserError: a prompt that is as long as what is asked for.
+      BrokenPipeError: nobody reads any more.
+    """
+    length, given = _lengths(seconds, sample_rate, prompts)
+    settings: dict[str, Any] = {"seed": seed, "temperature": temperature, "top_p": top_p}
+    settings["chunk"], nats = max(sample_rate // 10, 1), 0.0
+    for waveforms, their_nats in _waveforms(weights, "sample", 1, length, prompts, **settings):
+        pcm = io.BytesIO()
+        soundfile.write(pcm, waveforms[0], sample_rate, format="RAW", subtype="PCM_16", endian="LITTLE")
+        out.write(pcm.getvalue())
+        out.flush()
+        nats += float(their_nats[0])
+    return nats / math.log(2) / (length - given)
 
 
 def sample_run(workdir: Path, data: Path, *, checkpoint: str = "best") -> dict[str, Any]:
@@ -342,6 +403,6 @@ def _write_real(split: Split, folder: Path, wanted: int, seconds: float) -> Iter
         }
 
 
-def run_sample_rate(workdir: Path) -> int:
-    """Hz of what a run was trained on, from the manifest in its folder."""
-    return load_manifest(workdir).sample_rate
+def run_manifest(workdir: Path) -> Manifest:
+    """What a run was trained on, from the manifest in its folder."""
+    return load_manifest(workdir)
