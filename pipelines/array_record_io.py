@@ -143,14 +143,14 @@ class ShardWriter:
     Args:
       folder: the data set's folder.
       run: the run's id.
-      window_length: windows are counted with it.
+      window_length, hop_length: windows are counted with them.
 
     Raises:
       UserError: in `with` or any method, when there is no room or the folder is not writable.
     """
 
-    def __init__(self, folder: str, run: str, window_length: int):
-        self._window_length = window_length
+    def __init__(self, folder: str, run: str, window_length: int, hop_length: int | None = None):
+        self._window_length, self._hop_length = window_length, hop_length
         self._target, self._stage = folder, stage_folder(folder, run)
         # On a local disk the temporary files stand there too, so that the next run clears them away after a kill.
         with output_errors(folder):
@@ -160,7 +160,7 @@ class ShardWriter:
             self._folder = tempfile.TemporaryDirectory(prefix="shard-", dir=self._stage if is_local(folder) else None)
         self._shard_path = os.path.join(self._folder.name, "shard.array_record")
         self._index_path = os.path.join(self._folder.name, "index.jsonl")
-        self.records = self.recordings = self.windows = self.samples = 0
+        self.records = self.recordings = self.windows = self.samples = self.longest = 0
 
     def __enter__(self) -> ShardWriter:
         from array_record.python.array_record_module import ArrayRecordWriter
@@ -202,8 +202,9 @@ class ShardWriter:
         with self._native_errors():
             self._index.write(index_line(recording))
         self.recordings += 1
-        self.windows += count_windows(recording.length, self._window_length)
+        self.windows += count_windows(recording.length, self._window_length, self._hop_length)
         self.samples += recording.length
+        self.longest = max(self.longest, recording.length)
 
     def stage(self, name: str) -> tuple[Shard, tuple[str, str]]:
         """Copies the files into the run's own folder. Returns the shard and where its files stand."""
@@ -228,6 +229,7 @@ class ShardWriter:
             recordings=self.recordings,
             windows=self.windows,
             samples=self.samples,
+            longest=self.longest,
         )
         return shard, (staged[0], staged[1])
 
@@ -240,9 +242,18 @@ def _file_systems() -> Any:
 
 
 def _create(path: str) -> BinaryIO:
+    file_systems = _file_systems()
     from apache_beam.io.filesystem import CompressionTypes
 
-    return _file_systems().create(path, compression_type=CompressionTypes.UNCOMPRESSED)
+    return file_systems.create(path, compression_type=CompressionTypes.UNCOMPRESSED)
+
+
+def open_file(path: str) -> BinaryIO:
+    """A file to read from, of a file system that Beam knows."""
+    file_systems = _file_systems()
+    from apache_beam.io.filesystem import CompressionTypes
+
+    return file_systems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)
 
 
 def _rename(pairs: list[tuple[str, str]]) -> None:
@@ -297,8 +308,8 @@ def publish(folder: str, run: str, staged: Iterable[tuple[str, str]], manifest: 
     pairs = [(path, join(folder, name)) for path, name in staged]
     with output_errors(folder):
         # A step that a distributed runner repeats finds some of its work done.
-        there = [_exists(source) for source, _ in pairs]
-        if not all(found or _exists(target) for found, (_, target) in zip(there, pairs, strict=True)):
+        there = [exists(source) for source, _ in pairs]
+        if not all(found or exists(target) for found, (_, target) in zip(there, pairs, strict=True)):
             raise UserError(f"another run took {folder} over, or its files were removed; run one at a time")
         _rename([pair for found, pair in zip(there, pairs, strict=True) if found])
         temporary = join(stage_folder(folder, run), MANIFEST_NAME)
@@ -308,10 +319,51 @@ def publish(folder: str, run: str, staged: Iterable[tuple[str, str]], manifest: 
         _rename([(temporary, join(folder, MANIFEST_NAME))])
 
 
-def _exists(path: str) -> bool:
+def exists(path: str) -> bool:
+    """Whether a file is there."""
     if is_local(path):
         return os.path.exists(path)
     return _file_systems().exists(path)
+
+
+def read_file(folder: str, name: str) -> bytes | None:
+    """The bytes of a small file of a data set's folder; None if it is not there.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    path = join(folder, name)
+    try:
+        if not exists(path):
+            return None
+        with open(path, "rb") if is_local(path) else open_file(path) as file:
+            return file.read()
+    except Exception as error:  # Beam's file systems raise errors of their own
+        raise UserError(f"{path} cannot be read ({one_line(error)}); make it readable, or remove it") from error
+
+
+def write_file(folder: str, name: str, data: bytes) -> None:
+    """Writes a small file into a data set's folder, whole or not at all.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    temporary = join(folder, f"{name}.partial")
+    with output_errors(folder):
+        with _create(temporary) as file:
+            file.write(data)
+            _flush(temporary, file)
+        _rename([(temporary, join(folder, name))])
+
+
+def remove_file(folder: str, name: str) -> None:
+    """Removes a file of a data set's folder.
+
+    Raises:
+      UserError: it cannot be removed.
+    """
+    with output_errors(folder):
+        _delete(join(folder, name))
 
 
 def read_manifest(folder: str) -> Manifest | None:
@@ -322,9 +374,9 @@ def read_manifest(folder: str) -> Manifest | None:
     """
     path = join(folder, MANIFEST_NAME)
     if is_local(folder):
-        return load_manifest(folder) if _exists(path) else None
+        return load_manifest(folder) if exists(path) else None
     with output_errors(folder):
-        if not _exists(path):
+        if not exists(path):
             return None
     try:
         with _file_systems().open(path) as file:
@@ -335,7 +387,7 @@ def read_manifest(folder: str) -> Manifest | None:
 
 def missing_files(folder: str, manifest: Manifest) -> list[str]:
     """The names of files that the manifest lists and that are not there at their full size."""
-    sizes = _list(folder)
+    sizes = list_files(folder)
     wanted = {
         name: size
         for split in manifest.splits.values()
@@ -357,7 +409,7 @@ def clear(folder: str, run: str | None = None) -> None:
         if run is not None:
             _delete(stage_folder(folder, run), is_folder=True)
             return
-        names = _list(folder)
+        names = list_files(folder)
         if MANIFEST_NAME in names:
             _delete(join(folder, MANIFEST_NAME))
         for name in sorted(names):
@@ -367,7 +419,7 @@ def clear(folder: str, run: str | None = None) -> None:
                 _delete(join(folder, name), is_folder=True)
 
 
-def _list(folder: str) -> dict[str, int]:
+def list_files(folder: str) -> dict[str, int]:
     """Name and bytes of what a folder holds; folders below it have no bytes."""
     if is_local(folder):
         try:

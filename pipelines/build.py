@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
+import hashlib
+import json
 import os
 import re
-import shlex
-import sys
 import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from harmonic.audio import ENCODINGS, MAX_LEVELS, SAMPLE_RATE, token_dtype
 from harmonic.errors import UserError
@@ -31,15 +30,17 @@ from pipelines.array_record_io import (
     is_local,
     join,
     missing_files,
-    one_line,
     read_manifest,
     stage_folder,
 )
+from pipelines.own_config import remove_config, write_config
+from pipelines.remote import shown
+from pipelines.runners import beam_options, check_output, local_runner, quiet, runner_of, unwrap
 from pipelines.sources import DATA_SETS, DataSet, Source, SourceRecording, data_set, open_source
+from pipelines.splits import DEFAULT_RULE, DEFAULT_SHARES, SplitRule, split_rule
 
 SHARD_BYTES = 32 << 20  # of source for each shard
 MAX_RECORD_LENGTH = 1 << 24
-DEFAULT_RUNNER = "FnApiRunner"
 _POLL_SECONDS = 0.5
 
 Progress = Callable[[int, int], None]  # (recordings done, recordings in all)
@@ -51,10 +52,15 @@ class PrepareSpec:
 
     Attributes:
       dataset: demo, sc09, beethoven, youtubemix, or a name of one's own.
-      source: `hub`, `synth`, or the path of a zip archive or a folder.
+      source: `hub`, `synth`, `hf:USER/NAME`, or a folder or an archive (zip, tar): a path or a URL.
       output_dir: the data set's folder is made in it; local, or of a file system that Beam knows.
       encoding: mu_law or linear.
       window_length: samples of the usual training window; windows are counted with it.
+      hop_length: samples from the start of one such window to the next; the window's length if None.
+      splits: shares of train, validation and test, by a hash of the names, for recordings of one's own.
+      validation_list, test_list: or files that name the recordings of these splits, one a line.
+      trim_silence: cut off leading and trailing silence that many dB below the loudest frame; None leaves it.
+      loudness: bring recordings to that loudness in LUFS, and to one scale; None scales each by its own extremes.
       record_length: longest piece of a recording in a record, in samples.
       num_levels: 2 to 65,536.
       num_shards: at most so many of each split; by the source's size if None.
@@ -67,6 +73,12 @@ class PrepareSpec:
     output_dir: str = "data"
     encoding: str | None = None
     window_length: int | None = None
+    hop_length: int | None = None
+    splits: tuple[float, ...] | None = None
+    validation_list: str | None = None
+    test_list: str | None = None
+    trim_silence: float | None = None
+    loudness: float | None = None
     record_length: int = 131_072
     num_levels: int = 256
     num_shards: int | None = None
@@ -90,33 +102,80 @@ def prepare(spec: PrepareSpec, options: Sequence[str] = (), progress: Progress |
     Raises:
       UserError: a bad value, option, source or output folder; the message is one line.
     """
-    dataset, spec = resolve(spec)
-    options = beam_options(options)
+    data_set(spec.dataset)  # its name is a folder's
     folder = os.path.abspath(os.path.expanduser(spec.folder)) if is_local(spec.folder) else spec.folder
     existing = None if spec.overwrite else read_manifest(folder)
+    whole = existing is not None and not missing_files(folder, existing)
+    # Where one's own recordings came from, and how they were prepared, need not be said again.
+    as_it_stands = whole and spec.source is None and spec.dataset not in DATA_SETS
+    if existing is not None and as_it_stands:
+        spec = _as_it_stands(spec, existing)
+    dataset, spec = resolve(spec)
+    options = beam_options(options)
+    runner = runner_of(options)
+    check_output(folder, runner)
+    rule = _split_rule(spec, dataset)
     # The hub's archive is taken at its word, so that a data set that is whole needs no network.
-    if existing is not None and existing.source == spec.source == "hub":
+    if existing is not None and (as_it_stands or existing.source == spec.source == "hub"):
         fingerprint = existing.fingerprint
         source = None
     else:
-        source = open_source(dataset, str(spec.source))
-        fingerprint = source.fingerprint()
-    described = describe(spec, fingerprint)
+        source = open_source(dataset, str(spec.source), runner)
+        fingerprint = _fingerprint(source, spec, rule)
     if existing is not None:
-        check_same(existing, described, folder)
-        if not missing_files(folder, existing):
+        asked_rule = existing.split_rule if as_it_stands and rule.name == DEFAULT_RULE else rule.name
+        check_same(existing, describe(spec, fingerprint, asked_rule), folder)
+        if whole:
             from_before = dataset.complete and not spec.allow_skipped and existing.skipped
             if from_before:
                 raise UserError(
                     f"{folder} lacks {len(existing.skipped)} recordings that could not be read; give --allow_skipped "
                     "to use it as it is, or --overwrite to prepare it again"
                 )
+            with contextlib.suppress(UserError):  # it may lie where nothing can be written
+                write_config(folder, existing)
             return existing
-    source = source or open_source(dataset, str(spec.source))
+    source = source or open_source(dataset, str(spec.source), runner)
     try:
-        return _run(spec, dataset, source, describe(spec, source.fingerprint()), folder, options, progress)
+        described = describe(spec, _fingerprint(source, spec, rule), rule.name)
+        return _run(spec, dataset, source, rule, described, folder, options, progress)
     finally:
         source.close()
+
+
+def _as_it_stands(spec: PrepareSpec, existing: Manifest) -> PrepareSpec:
+    """The spec with what it does not say filled in from a manifest."""
+    default = PrepareSpec("")
+    names = ("source", "encoding", "window_length", "hop_length", "trim_silence", "loudness", "record_length")
+    unsaid = [name for name in (*names, "num_levels") if getattr(spec, name) == getattr(default, name)]
+    return dataclasses.replace(spec, **{name: getattr(existing, name) for name in unsaid})
+
+
+def _split_rule(spec: PrepareSpec, dataset: DataSet) -> SplitRule:
+    rule = split_rule(spec.splits, spec.validation_list, spec.test_list)
+    if rule.name == DEFAULT_RULE:
+        return rule
+    if dataset.name in DATA_SETS:
+        flag = "--splits" if rule.shares else "--validation_list and --test_list"
+        raise UserError(
+            f"{dataset.name} has its own splits, which its published figures are for: leave out {flag}, or prepare the "
+            "recordings under a --dataset name of your own"
+        )
+    return SplitRule() if rule.shares == DEFAULT_SHARES and not str(spec.source).startswith("hf:") else rule
+
+
+def _fingerprint(source: Source, spec: PrepareSpec, rule: SplitRule) -> str:
+    """The source's own, and with it the options that decide which samples are trained on, but for their defaults."""
+    options = {
+        "hop_length": spec.hop_length if spec.hop_length != spec.window_length else None,
+        "trim_silence": spec.trim_silence,
+        "loudness": spec.loudness,
+        "split_rule": rule.name if rule.name != DEFAULT_RULE else None,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    if not given:
+        return source.fingerprint()
+    return hashlib.sha256(json.dumps([source.fingerprint(), given]).encode()).hexdigest()
 
 
 def resolve(spec: PrepareSpec) -> tuple[DataSet, PrepareSpec]:
@@ -134,16 +193,19 @@ def resolve(spec: PrepareSpec) -> tuple[DataSet, PrepareSpec]:
                 "--source, the path of a zip archive or a folder"
             )
         source = "hub" if dataset.repo else "synth"
+    window_length = dataset.window_length if spec.window_length is None else spec.window_length
     spec = dataclasses.replace(
         spec,
         source=source,
         encoding=dataset.encoding if spec.encoding is None else spec.encoding,
-        window_length=dataset.window_length if spec.window_length is None else spec.window_length,
+        window_length=window_length,
+        hop_length=window_length if spec.hop_length is None else spec.hop_length,
     )
     if spec.encoding not in ENCODINGS:
         raise UserError(f"--encoding must be one of {', '.join(ENCODINGS)}, got {spec.encoding!r}")
     for name, low, high in (
         ("window_length", 1, 1 << 40),
+        ("hop_length", 1, 1 << 40),
         ("record_length", 1, MAX_RECORD_LENGTH),
         ("num_levels", 2, MAX_LEVELS),
         ("num_shards", 1, 99_999),
@@ -153,16 +215,20 @@ def resolve(spec: PrepareSpec) -> tuple[DataSet, PrepareSpec]:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise UserError(f"--{name} must be a whole number from {low:,} to {high:,}, got {value!r}")
+    for name, low_db, high_db, unit in (("trim_silence", 1, 200, "dB"), ("loudness", -70, 0, "LUFS")):
+        value = getattr(spec, name)
+        if value is not None and not low_db <= value <= high_db:  # nor NaN
+            raise UserError(f"--{name} must be from {low_db} to {high_db} {unit}, got {value:g}")
     if not spec.output_dir:
         raise UserError("--output_dir is empty; give a folder")
     return dataset, spec
 
 
-def describe(spec: PrepareSpec, fingerprint: str) -> Manifest:
+def describe(spec: PrepareSpec, fingerprint: str, rule: str = DEFAULT_RULE) -> Manifest:
     """The manifest of a resolved spec, without what only the run can tell."""
     return Manifest(
         dataset=spec.dataset,
-        source=str(spec.source),
+        source=shown(str(spec.source)),  # without what it may be signed with
         fingerprint=fingerprint,
         sample_rate=SAMPLE_RATE,
         encoding=str(spec.encoding),
@@ -170,7 +236,11 @@ def describe(spec: PrepareSpec, fingerprint: str) -> Manifest:
         token_dtype=token_dtype(spec.num_levels).name,
         channels=1,
         window_length=int(spec.window_length or 0),
+        hop_length=int(spec.hop_length or spec.window_length or 0),
         record_length=spec.record_length,
+        trim_silence=None if spec.trim_silence is None else float(spec.trim_silence),
+        loudness=None if spec.loudness is None else float(spec.loudness),
+        split_rule=rule,
         splits={},
     )
 
@@ -181,8 +251,11 @@ def check_same(existing: Manifest, wanted: Manifest, folder: str) -> None:
     Raises:
       UserError: names the first difference.
     """
-    for field in ("dataset", "encoding", "num_levels", "window_length", "record_length", "sample_rate", "fingerprint"):
-        old, new = getattr(existing, field), getattr(wanted, field)
+    for field in (
+        *("dataset", "encoding", "num_levels", "window_length", "hop_length", "record_length", "sample_rate"),
+        *("trim_silence", "loudness", "split_rule", "fingerprint"),
+    ):
+        old, new = ("none" if value is None else value for value in (getattr(existing, field), getattr(wanted, field)))
         if old != new:
             what = f"{field} {old}, not {new}"
             if field == "fingerprint":
@@ -190,48 +263,6 @@ def check_same(existing: Manifest, wanted: Manifest, folder: str) -> None:
             raise UserError(
                 f"{folder} holds a data set with {what}; give --overwrite to replace it, or another --output_dir"
             )
-
-
-def beam_options(arguments: Sequence[str]) -> list[str]:
-    """Checks arguments that are meant for Beam, and adds the defaults that work without a network and in silence.
-
-    DirectRunner stands for FnApiRunner: it first tries to download another runner, and hangs where it cannot.
-
-    Raises:
-      UserError: an argument that Beam does not know, or that loses records.
-    """
-    defaults = [f"--runner={DEFAULT_RUNNER}", "--default_sdk_harness_log_level=CRITICAL"]
-    if not arguments:
-        return defaults  # without Beam's import: a second or more
-    import_beam()
-    from apache_beam.options import pipeline_options as po
-    from apache_beam.runners.runner import create_runner
-
-    class Parser(po._BeamArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise UserError(f"{one_line(message)}; see --help, and Beam's own options")
-
-    parser = Parser(allow_abbrev=False, add_help=False)
-    for cls in {str(cls): cls for cls in po.PipelineOptions.__subclasses__()}.values():
-        cls._add_argparse_args(parser)
-    known, unknown = parser.parse_known_args(list(arguments))
-    if unknown:
-        raise UserError(f"unknown argument {unknown[0]}; see --help, and Beam's own options")
-    if known.direct_running_mode == "multi_threading":
-        raise UserError("--direct_running_mode=multi_threading loses records; use multi_processing")
-    workers = known.direct_num_workers
-    if workers not in (None, 1) and known.direct_running_mode != "multi_processing":
-        raise UserError(f"--direct_num_workers={workers} needs --direct_running_mode=multi_processing")
-    runner = known.runner
-    if runner is None or runner.lower() in ("directrunner", "switchingdirectrunner"):
-        runner = DEFAULT_RUNNER
-    try:
-        create_runner(runner)
-    except ImportError as error:
-        raise UserError(f"--runner={runner} cannot be imported; its extra may be missing: {one_line(error)}") from error
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"--runner={runner} is not a runner of Beam's: {one_line(error)}") from error
-    return [*defaults, *arguments, f"--runner={runner}"]
 
 
 def build(
@@ -283,15 +314,19 @@ def _run(
     spec: PrepareSpec,
     dataset: DataSet,
     source: Source,
+    rule: SplitRule,
     described: Manifest,
     folder: str,
     options: list[str],
     progress: Progress | None,
 ) -> Manifest:
-    recordings = source.list()
+    recordings = rule.apply(source.list())
     for split in SPLITS:
         if not any(recording.split == split for recording in recordings):
-            raise UserError(f"source {spec.source} has no recordings for split {split}; give the whole data set")
+            raise UserError(
+                f"source {spec.source} has no recordings for split {split}; "
+                + ("give the whole data set" if dataset.name in DATA_SETS else "add recordings, or cut a long one")
+            )
     import_beam()
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions, SetupOptions
@@ -299,11 +334,12 @@ def _run(
     pipeline_options = PipelineOptions(options)
     pipeline_options.view_as(SetupOptions).save_main_session = False
     create_folder(folder)
+    remove_config(folder)
     clear(folder)
     run = uuid.uuid4().hex
-    with _quiet(), _watch(progress, len(recordings), stage_folder(folder, run)) as progress_file:
+    with quiet(), _watch(progress, len(recordings), stage_folder(folder, run)) as progress_file:
         try:
-            pipeline = beam.Pipeline(_local_runner(pipeline_options), options=pipeline_options)
+            pipeline = beam.Pipeline(local_runner(pipeline_options), options=pipeline_options)
             build(
                 pipeline,
                 source,
@@ -328,77 +364,8 @@ def _run(
     manifest = read_manifest(folder)
     if manifest is None:
         raise UserError(f"the runner ended without an error and without a data set in {folder}; use another --runner")
+    write_config(folder, manifest)
     return manifest
-
-
-# A worker process. Beam's own command lets it log to stderr until it has read the options, which never reach it, and
-# lets it work on, for as long as its share takes, when the process that started it has been killed.
-_WORKER = """
-import logging, os, signal, sys, threading, time
-signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all: leave when the parent has
-handler = logging.StreamHandler()
-handler.setLevel(logging.CRITICAL)
-logging.getLogger().addHandler(handler)
-def leave_with_parent():
-    while os.getppid() == int(sys.argv[1]):
-        time.sleep(0.5)
-    os._exit(1)
-threading.Thread(target=leave_with_parent, daemon=True).start()
-from apache_beam.runners.worker import sdk_worker_main
-sys.stderr = open(os.devnull, "w")  # to where it prints every error that it reports anyway
-try:
-    sdk_worker_main.main([])
-except BaseException:
-    os._exit(1)
-os._exit(0)  # not through the interpreter's end, where native modules tell of objects that an error left
-"""
-
-
-def _local_runner(options: Any) -> Any:
-    """The FnApiRunner, where it is wanted with worker processes, with processes that keep quiet; else None."""
-    from apache_beam.options.pipeline_options import DirectOptions, StandardOptions
-    from apache_beam.runners.portability.fn_api_runner import FnApiRunner
-    from apache_beam.transforms.environments import SubprocessSDKEnvironment
-
-    direct = options.view_as(DirectOptions)
-    if options.view_as(StandardOptions).runner != DEFAULT_RUNNER or direct.direct_running_mode != "multi_processing":
-        return None
-    direct.direct_running_mode = "in_memory"  # that is: do not set the environment again
-    command = f"exec {shlex.join([sys.executable, '-c', _WORKER, str(os.getpid())])}"
-    return FnApiRunner(default_environment=SubprocessSDKEnvironment.from_command_string(command))
-
-
-def unwrap(error: BaseException) -> UserError | None:
-    """The UserError that a runner wrapped in its own errors, as an object or only as text; None if there is none."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, UserError):
-            return UserError(_without_step(str(seen)))
-        if isinstance(seen, ValueError) and str(seen).startswith("Pipeline has validation"):
-            return UserError(f"{one_line(seen)}; see Beam's own options")
-        found = re.search(r"^(?:harmonic\.errors\.)?UserError: (.+)$", str(seen), re.MULTILINE)
-        if found:
-            return UserError(_without_step(found[1]))
-        seen = seen.__cause__ or seen.__context__
-    return None
-
-
-def _without_step(message: str) -> str:
-    return re.sub(r" \[while running .*", "", message, flags=re.DOTALL)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Holds back Beam's logging, which repeats every error with its stack trace and warns of what is meant."""
-    names = ("apache_beam", "root")
-    levels = [logging.getLogger(name).level for name in names]
-    for name in names:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for name, level in zip(names, levels, strict=True):
-            logging.getLogger(name).setLevel(level)
 
 
 @contextlib.contextmanager

@@ -2,35 +2,32 @@
 
     python -m pipelines.prepare --dataset demo
     python -m pipelines.prepare --dataset sc09 --source /data/sc09.zip
-    python -m pipelines.prepare --dataset my_piano --source ~/recordings --direct_running_mode=multi_processing \
-        --direct_num_workers=0
+    python -m pipelines.prepare --dataset my_piano --source ~/recordings --window_length=32000 --hop_length=16000
+    python -m pipelines.prepare --dataset speech --source ~/speech --trim_silence=40 --loudness=-23 \\
+        --splits=0.8,0.1,0.1 --direct_running_mode=multi_processing --direct_num_workers=0
 
 Writes OUTPUT_DIR/DATASET/{train,validation,test}-NNNNN-of-NNNNN.array_record, and manifest.json last of all: without a
-manifest there is no data set. What stands there already whole is left as it is. All other arguments are Beam's
-(--runner, --direct_running_mode, --direct_num_workers, ...); one that Beam does not know is refused.
+manifest there is no data set. What stands there already whole is left as it is. Beside recordings of your own stands a
+config.py to train on them. All other arguments are Beam's (--runner, --direct_running_mode, --direct_num_workers, ...);
+one that Beam does not know is refused.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
+import shlex
 import sys
-import time
 from collections.abc import Sequence
-from typing import NoReturn, TextIO
 
 from harmonic.audio import ENCODINGS
-from harmonic.errors import UserError
 from harmonic.records import Manifest
+from pipelines.array_record_io import is_local, join
 from pipelines.build import PrepareSpec, prepare
+from pipelines.console import Parser, ProgressLine, guarded, manifest_lines, skipped_lines
+from pipelines.own_config import CONFIG_NAME
 from pipelines.sources import DATA_SETS
-
-_PLAIN_SECONDS, _TERMINAL_SECONDS = 5.0, 0.5  # between lines of progress
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
 
 
 def parse(argv: Sequence[str]) -> tuple[PrepareSpec, list[str]]:
@@ -40,7 +37,7 @@ def parse(argv: Sequence[str]) -> tuple[PrepareSpec, list[str]]:
       UserError: a value that cannot be, or a missing --dataset.
     """
     default = PrepareSpec("")
-    parser = _Parser(
+    parser = Parser(
         "python -m pipelines.prepare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -48,100 +45,95 @@ def parse(argv: Sequence[str]) -> tuple[PrepareSpec, list[str]]:
     )
     add = parser.add_argument
     add("--dataset", required=True, help=f"{', '.join(DATA_SETS)}, or a name of your own with --source")
-    add("--source", help="hub (the default of the published ones), synth (of the demo), or a zip archive or folder")
+    add(
+        *("--source",),
+        help="hub (the default of the published ones), synth (of the demo), hf:USER/NAME, or a folder or a zip or tar "
+        "archive: a path, or a URL (https://, gs://, s3://)",
+    )
     add("--output_dir", default=default.output_dir, help="where the data set's folder is made (%(default)s)")
     add("--encoding", choices=ENCODINGS, help="default: linear for beethoven, mu_law for the others")
+    add("--num_levels", type=int, default=default.num_levels, help="2 to 65536 (%(default)s)")
     add("--window_length", type=int, help="samples of a training window (default: the data set's)")
+    add(
+        *("--hop_length",),
+        type=int,
+        help="samples from the start of one training window to the next: shorter than the window they overlap, longer "
+        "they leave samples out (default: the window's length). Evaluation sees every sample once in any case",
+    )
+    add(
+        *("--splits",),
+        type=_shares,
+        metavar="TRAIN,VALIDATION,TEST",
+        help="shares of your own recordings, each by a hash of its name, so that new ones move none of the old "
+        "(default: 0.88,0.06,0.06)",
+    )
+    add("--validation_list", metavar="FILE", help="names of your own recordings for validation, one a line")
+    add("--test_list", metavar="FILE", help="names of those for test; what neither list names is trained on")
+    add(
+        *("--trim_silence",),
+        type=float,
+        metavar="DB",
+        help="cut off leading and trailing silence, DB below a recording's loudest frame, as librosa.effects.trim; "
+        "its default is 60, and 30 cuts closer (default: leave it)",
+    )
+    add(
+        *("--loudness",),
+        type=float,
+        metavar="LUFS",
+        help="bring every recording to that loudness, such as -23 (ITU-R BS.1770-4), and quantise all on one scale "
+        "instead of each by its own minimum and maximum; none is clipped (default: leave it)",
+    )
     add("--record_length", type=int, default=default.record_length, help="samples of a record (%(default)s)")
     add("--num_shards", type=int, help="at most so many a split (default: one for 32 MiB of source)")
-    add("--num_levels", type=int, default=default.num_levels, help="2 to 65536 (%(default)s)")
     add("--allow_skipped", action="store_true", help="leave out recordings of a published data set that are damaged")
     add("--overwrite", action="store_true", help="replace what stands in the data set's folder")
     known, rest = parser.parse_known_args(list(argv))
     return PrepareSpec(**{field.name: getattr(known, field.name) for field in dataclasses.fields(PrepareSpec)}), rest
 
 
-class ProgressLine:
-    """Recordings done, rate and time left on stderr: one line that changes on a terminal, plain lines elsewhere."""
-
-    def __init__(self, stream: TextIO):
-        self._stream = stream
-        self._terminal = stream.isatty()
-        self._started = self._last = time.monotonic()
-        self._shown = False
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self._last < (_TERMINAL_SECONDS if self._terminal else _PLAIN_SECONDS) or not done:
-            return
-        self._last = now
-        rate = done / (now - self._started)
-        text = f"{done:,} of {total:,} recordings, {rate:,.1f} a second, {duration((total - done) / rate)} left"
-        self._stream.write(f"\r\033[K{text}" if self._terminal else f"{text}\n")
-        self._stream.flush()
-        self._shown = True
-
-    def close(self) -> None:
-        """Clears the line on a terminal."""
-        if self._shown and self._terminal:
-            self._stream.write("\r\033[K")
-            self._stream.flush()
+def _shares(text: str) -> tuple[float, ...]:
+    return tuple(float(share) for share in text.split(","))
 
 
-def duration(seconds: float) -> str:
-    """Seconds for people: `42 s`, `3 min 05 s`, `2 h 10 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+_shares.__name__ = "shares"  # in argparse's message
 
 
-def table(manifest: Manifest, folder: str) -> str:
-    """What a data set holds, split by split."""
-    header = ("split", "recordings", "windows", "samples", "hours", "shards", "bytes", "skipped")
-    rows = []
-    for name, split in manifest.splits.items():
-        skipped = sum(skipped.split == name for skipped in manifest.skipped)
-        size = sum(shard.bytes for shard in split.shards)
-        hours = split.samples / manifest.sample_rate / 3600
-        numbers = (split.recordings, split.windows, split.samples, hours, len(split.shards), size, skipped)
-        rows.append((name, *(f"{n:,.3f}" if isinstance(n, float) else f"{n:,}" for n in numbers)))
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in [header, *rows]
-    ]
-    skipped_lines = [f"skipped {s.recording} ({s.split}): {s.reason}" for s in manifest.skipped[:10]]
-    if len(manifest.skipped) > 10:
-        skipped_lines.append(f"skipped {len(manifest.skipped) - 10:,} more; manifest.json lists them all")
-    title = (
-        f"{manifest.dataset} in {folder}: {manifest.encoding}, {manifest.num_levels:,} levels, "
-        f"{manifest.sample_rate:,} Hz, windows of {manifest.window_length:,} samples"
-    )
-    return "\n".join([title, "", *lines, *([""] if skipped_lines else []), *skipped_lines])
+def train_command(manifest: Manifest, output_dir: str) -> str:
+    """The command that trains on a data set, or what to do before."""
+    name, local = manifest.dataset, is_local(output_dir)
+    folder = join(output_dir, name) if local else name
+    command = ["python", "-m", "workflows.train", f"--config={name}"]
+    if name in DATA_SETS:
+        default, m = DATA_SETS[name], manifest  # the config's own values go with the defaults
+        for field, usual in (
+            ("encoding", m.encoding == default.encoding),
+            ("num_levels", m.num_levels == 256),
+            ("window_length", (m.window_length, m.hop_length) == 2 * (default.window_length,)),
+        ):
+            if not usual:
+                command.append(f"--set=data.{field}={getattr(m, field)}")
+    else:
+        command[-1] = f"--config={join(folder, CONFIG_NAME)}"
+    if not local:
+        return f"copy {join(output_dir, name)} to a local disk; there: {shlex.join([*command, '--data_dir=.'])}"
+    if os.path.normpath(output_dir) != "data":
+        command.append(f"--data_dir={output_dir}")
+    return f"train on it: {shlex.join(command)}"
+
+
+def _main(argv: Sequence[str], line: ProgressLine) -> int:
+    spec, rest = parse(argv)
+    manifest = prepare(spec, rest, line)
+    line.close()
+    skipped = skipped_lines(manifest)
+    lines = [*manifest_lines(manifest, spec.folder), "", *skipped, *([""] if skipped else [])]
+    print("\n".join([*lines, train_command(manifest, spec.output_dir)]))
+    return 0
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs; returns the exit status: 0, 2 for what the user can mend, 130 for an interrupt."""
-    line = ProgressLine(sys.stderr)
-    try:
-        spec, rest = parse(argv)
-        manifest = prepare(spec, rest, line)
-        line.close()
-        print(table(manifest, spec.folder))
-        return 0
-    except UserError as error:
-        line.close()
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        line.close()
-        print("interrupted; run the same command again", file=sys.stderr)
-        return 130
+    return guarded(_main, argv)
 
 
 if __name__ == "__main__":

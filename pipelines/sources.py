@@ -1,4 +1,4 @@
-"""What a data set is, and where its recordings come from: the hub, a zip archive, a folder, or the synthesiser.
+"""What a data set is, and where its recordings come from: the hub, an archive, a folder, or the synthesiser.
 
 A source lists its recordings, opens one as a seekable binary file, and has a fingerprint. It travels to workers as a
 short description (a path and a folder in it), and opens its archive there once.
@@ -25,7 +25,11 @@ from harmonic.errors import UserError
 from harmonic.records import SPLITS
 from pipelines import synth
 from pipelines.array_record_io import one_line
-from pipelines.stores import Archive, Folder, Store, Unreadable, download
+from pipelines.hub import download, locate
+from pipelines.remote import CloudFile, HttpFile, Refused, RemoteFile, cloud_errors, file_system, shown
+from pipelines.runners import DEFAULT_RUNNER, is_elsewhere
+from pipelines.stores import Archive, CloudFolder, Folder, Store, Unreadable
+from pipelines.tarballs import Tar, tar_kind
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LISTS = {"validation": "validation_list.txt", "test": "testing_list.txt"}
@@ -48,12 +52,15 @@ class SourceRecording:
       split: one of `harmonic.records.SPLITS`.
       label: what the source says of it (the digit, for SC09), or None.
       size: bytes in the source, unpacked.
+      group: recordings of one group lie together and go into one shard, so that a worker reads them in one go; each by
+        itself if None.
     """
 
     id: str
     split: str
     label: str | None
     size: int
+    group: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +139,8 @@ def split_by_rank(ids: Iterable[str]) -> dict[str, str]:
     return {name: SPLITS[sum(rank >= cut for cut in cuts)] for rank, name in enumerate(ordered)}
 
 
-def split_by_hash(ids: Iterable[str]) -> dict[str, str]:
-    """A recording's split follows from its name: SHA-256 as a number in [0, 1), cut at 0.88 and 0.94.
+def split_by_hash(ids: Iterable[str], shares: tuple[float, float, float] = (0.88, 0.06, 0.06)) -> dict[str, str]:
+    """A recording's split follows from its name: SHA-256 as a number in [0, 1), cut by the shares (at 0.88 and 0.94).
 
     Adding recordings moves none between splits, with one exception for small sets: from three recordings on, a split
     that stays empty (train, test, validation in this order) takes the recording whose number is nearest to its own
@@ -143,8 +150,9 @@ def split_by_hash(ids: Iterable[str]) -> dict[str, str]:
         name: int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2**64
         for name in ids
     }
-    intervals = {"train": (0.0, 0.88), "test": (0.94, 1.0), "validation": (0.88, 0.94)}
-    splits = {name: SPLITS[(u >= 0.88) + (u >= 0.94)] for name, u in numbers.items()}
+    low_cut, high_cut = shares[0], round(1 - shares[2], 12)
+    intervals = {"train": (0.0, low_cut), "test": (high_cut, 1.0), "validation": (low_cut, high_cut)}
+    splits = {name: SPLITS[(u >= low_cut) + (u >= high_cut)] for name, u in numbers.items()}
     if len(splits) >= 3:
         for split, (low, high) in intervals.items():
             held = list(splits.values())
@@ -276,7 +284,7 @@ class FileSource(Source):
 
     def _common_root(self) -> str:
         """The deepest folder that holds them all, so that an archive of a folder and the folder give the same ids."""
-        folders = [name.split("/")[:-1] for name in self._sizes if _is_audio(name)]
+        folders = [name.split("/")[:-1] for name in self._sizes if is_audio(name)]
         if not folders:
             raise self._no_audio(f"audio files ({', '.join(sorted(AUDIO_SUFFIXES)[:6])}, ...)")
         # What the first and the last have in common, all have.
@@ -293,7 +301,7 @@ class FileSource(Source):
         elif self._dataset.layout == "ranks":
             splits = split_by_rank(name for name in below if "/" not in name and name.lower().endswith(".wav"))
         else:
-            splits = split_by_hash(name for name in below if _is_audio(name))
+            splits = split_by_hash(name for name in below if is_audio(name))
             if len(splits) < 3:
                 raise UserError(
                     f"{self._store.path} holds {len(splits)} recording{'s' * (len(splits) != 1)}: at least 3 are needed"
@@ -334,29 +342,82 @@ class FileSource(Source):
         self._store.close()
 
 
-def _is_audio(name: str) -> bool:
+def is_audio(name: str) -> bool:
+    """Whether a file's name is that of a recording."""
     return PurePosixPath(name).suffix.lower() in AUDIO_SUFFIXES
 
 
-def open_source(dataset: DataSet, source: str) -> Source:
-    """The source that `source` names: `hub`, `synth`, or the path of a zip archive or a folder.
+def open_source(dataset: DataSet, source: str, runner: str = DEFAULT_RUNNER) -> Source:
+    """The source that `source` names.
+
+    Args:
+      dataset: its layout, and its place on the hub.
+      source: `hub`, `synth`, `hf:user/name`, or a zip or tar archive or a folder: the path of one, or a URL.
+      runner: Beam's. The local one has the hub's archive downloaded, the workers of others read it where it lies.
 
     Raises:
-      UserError: there is no such source, or it is not laid out as the data set.
+      UserError: there is no such source, it is not laid out as the data set, or the runner's workers cannot see it.
     """
     if source == "synth":
         if dataset.name != "demo":
             raise UserError(f"--source synth makes the demo's recordings; {dataset.name} needs an archive or a folder")
         return SynthSource()
+    if source.startswith("hf:") and "://" not in source:
+        if dataset.layout != "hash":
+            raise UserError(f"{dataset.name} has a layout of its own; give hf: sources a --dataset name of your own")
+        from pipelines.hub_data import HubData
+
+        return HubData(source)
+    return FileSource(dataset, _open_store(dataset, source, runner))
+
+
+def _open_store(dataset: DataSet, source: str, runner: str) -> Store:
     if source == "hub":
         if dataset.repo is None:
             raise UserError(f"{dataset.name} is not on the hub; give --source, the path of a zip archive or a folder")
-        return FileSource(dataset, Archive(download(dataset.repo, dataset.archives)))
-    if source.startswith("hf:") or "://" in source:
-        raise UserError(f"--source {source} is remote; download it and give the path of the archive or folder")
+        if runner == DEFAULT_RUNNER:
+            return Archive(download(dataset.repo, dataset.archives))
+        try:
+            archive = locate(dataset.repo, dataset.archives)
+        except Refused as error:
+            raise UserError(f"cannot read {dataset.archives[0]} of {dataset.repo} on the hub: {error}") from error
+        return Archive(archive.name, archive)
+    if "://" in source:
+        return _open_url(source)
     path = os.path.abspath(os.path.expanduser(source))
-    if os.path.isdir(path):
-        return FileSource(dataset, Folder(path))
     if not os.path.exists(path):
         raise UserError(f"--source {source} is missing; give hub, or the path of a zip archive or a folder")
-    return FileSource(dataset, Archive(path))
+    if is_elsewhere(runner):
+        raise UserError(f"the workers of {runner} do not see {path}; give a URL such as gs://bucket/{dataset.name}.zip")
+    if os.path.isdir(path):
+        return Folder(path)
+    try:
+        with open(path, "rb") as file:
+            kind = tar_kind(file.read(512), path)
+    except OSError as error:
+        raise UserError(f"--source {source} cannot be read: {error.strerror}") from error
+    return Tar(path, kind) if kind else Archive(path)
+
+
+def _open_url(source: str) -> Store:
+    scheme = source.split("://")[0].lower()
+    file: RemoteFile
+    if scheme in ("http", "https"):
+        file = HttpFile(source)
+    else:
+        files, path = file_system(source)
+        try:
+            with cloud_errors():
+                is_folder = files.isdir(path)
+        except Refused as error:
+            raise UserError(f"cannot read {shown(source)}: {error}") from error
+        if is_folder:
+            return CloudFolder(source)
+        file = CloudFile(source)
+    try:
+        file.pin()
+    except Refused as error:
+        raise file.refusal(error) from error
+    with file.open() as reader:
+        kind = tar_kind(reader.read(512), file.name)
+    return Tar(file.name, kind, file) if kind else Archive(file.name, file)

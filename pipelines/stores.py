@@ -1,26 +1,30 @@
-"""Where files lie: a folder, a zip archive, and the hub that archives come from."""
+"""Where files lie: a folder, a zip archive here or elsewhere, a bucket's folder."""
 
 from __future__ import annotations
 
 import abc
+import contextlib
+import fcntl
+import io
 import lzma
 import os
 import shutil
-import socket
+import stat
 import struct
 import tempfile
-import urllib.parse
-import urllib.request
 import zipfile
 import zlib
+from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
 
 from harmonic.errors import UserError
-from pipelines.array_record_io import disk_full, one_line, scratch_errors
+from pipelines.array_record_io import one_line, scratch_errors
+from pipelines.remote import CloudFile, RangeReader, Refused, RemoteFile, cloud_errors, cloud_tag, file_system, shown
 
 SPOOL_BYTES = 8 << 20  # what is larger goes to a temporary file
-# Deflate cannot shrink anything by more than 1,032 to 1: a member that claims more is a decompression bomb.
-_MAX_DEFLATE_RATIO = 1_032
+# Deflate cannot shrink anything by more than 1,032 to 1: what claims more is a decompression bomb.
+MAX_RATIO = 1_032
+_HEADER_SLACK = 256  # bytes by which a zip member's own header may be longer than what the directory says of it
 _DAMAGED = (
     zipfile.BadZipFile,
     zlib.error,
@@ -69,7 +73,7 @@ class Folder(Store):
             for file in files:
                 full = os.path.join(folder, file)
                 name = os.path.relpath(full, self.path).replace(os.sep, "/")
-                if _hidden(name):
+                if hidden(name):
                     continue
                 try:
                     sizes[name] = os.stat(full).st_size
@@ -81,8 +85,11 @@ class Folder(Store):
         raise UserError(f"cannot list {error.filename} ({error.strerror}); make it readable") from error
 
     def open(self, name: str) -> BinaryIO:
+        full = os.path.join(self.path, *name.split("/"))
         try:
-            return open(os.path.join(self.path, *name.split("/")), "rb")
+            if not stat.S_ISREG(os.stat(full).st_mode):
+                raise Unreadable("is not a regular file")
+            return io.BufferedReader(_LocalFile(full))
         except OSError as error:
             raise Unreadable(f"cannot be opened: {error.strerror}") from error
 
@@ -94,20 +101,48 @@ class Folder(Store):
         return (name, status.st_size, status.st_mtime_ns)
 
 
-class Archive(Store):
-    """A zip archive. Members are read by name into temporary files without one: no path of the archive is written."""
+class _LocalFile(io.FileIO):
+    """A file that tells when it is closed that it could not be read, and until then seems to end: libsndfile drops
+    what is raised in its callbacks."""
 
-    def __init__(self, path: str):
+    _error: OSError | None = None
+
+    def readinto(self, buffer: Any) -> int | None:
+        try:
+            return super().readinto(buffer)
+        except OSError as error:
+            self._error = error
+            return 0
+
+    def close(self) -> None:
+        super().close()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise UserError(f"{self.name!r} could not be read to its end: {error.strerror}; run again") from error
+
+
+class Archive(Store):
+    """A zip archive. Members are read by name into temporary files without one: no path of the archive is written.
+
+    Args:
+      path: where it lies; for messages alone if `remote` is given.
+      remote: reads it by ranges, the directory once and each member by itself.
+    """
+
+    def __init__(self, path: str, remote: RemoteFile | None = None):
         super().__init__(path)
+        self._remote = remote
         self._zip: zipfile.ZipFile | None = None
+        self._reader: RangeReader | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_zip": None}
+        return self.__dict__ | {"_zip": None, "_reader": None}
 
     def _open(self) -> zipfile.ZipFile:
         if self._zip is None:
             try:
-                self._zip = zipfile.ZipFile(self.path)
+                self._reader = self._remote.open() if self._remote else None
+                self._zip = zipfile.ZipFile(self._reader or self.path)
             except _DAMAGED as error:
                 reason = error.strerror if isinstance(error, OSError) else one_line(error)
                 raise UserError(f"{self.path} cannot be opened as a zip archive ({reason}); get it again") from error
@@ -116,46 +151,32 @@ class Archive(Store):
     def sizes(self) -> dict[str, int]:
         sizes = {}
         for info in self._open().infolist():
-            if info.is_dir() or _hidden(info.filename):
+            if info.is_dir() or hidden(info.filename):
                 continue
             if info.flag_bits & 1:
                 raise UserError(f"{self.path} is encrypted; unpack it and give the folder as --source")
             sizes[info.filename] = info.file_size
+        packed = (self._remote.size if self._remote else os.path.getsize(self.path)) or 0
+        # Members that overlap. One that alone claims too much is left to `open`.
+        check_ratio(self.path, sum(i.file_size for i in self._open().infolist() if _is_plausible(i)), packed)
         return sizes
 
     def open(self, name: str) -> BinaryIO:
         archive = self._open()
-        with scratch_errors():
-            spool = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)
-            try:
-                info = archive.getinfo(name)
-                self._check_size(info)
-                with archive.open(info) as member:
-                    shutil.copyfileobj(member, spool, 1 << 20)  # checks the CRC as well
-                if spool.tell() != info.file_size:
-                    raise Unreadable(f"has {spool.tell()} bytes in the archive instead of {info.file_size}")
-            except KeyError:
-                spool.close()
-                raise UserError(f"{self.path} changed while it was read: {name!r} is gone; run again") from None
-            except BaseException as error:
-                spool.close()
-                if isinstance(error, _DAMAGED) and not disk_full(error):
-                    raise Unreadable(f"is damaged in the archive: {one_line(error)}") from error
-                raise
-            spool.seek(0)
-            return cast(BinaryIO, spool)
-
-    def _check_size(self, info: zipfile.ZipInfo) -> None:
-        if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            if info.file_size > _MAX_DEFLATE_RATIO * info.compress_size + 64:
-                raise Unreadable(f"claims {info.file_size} bytes out of {info.compress_size}, which cannot be")
-        if info.file_size > SPOOL_BYTES:
-            free = shutil.disk_usage(tempfile.gettempdir()).free
-            if info.file_size > free:
-                raise UserError(
-                    f"{info.filename!r} takes {info.file_size:,} bytes unpacked, and {tempfile.gettempdir()} has "
-                    f"{free:,} left; set TMPDIR to a larger disk"
-                )
+        try:
+            info = archive.getinfo(name)
+        except KeyError:
+            raise UserError(f"{self.path} changed while it was read: {name!r} is gone; run again") from None
+        if not _is_plausible(info):
+            raise Unreadable(f"claims {info.file_size} bytes out of {info.compress_size}, which cannot be")
+        if self._reader is not None:
+            names = len(info.orig_filename.encode()) + len(info.extra)
+            self._reader.expect(info.header_offset + 30 + names + info.compress_size + _HEADER_SLACK)
+        try:
+            with archive.open(info) as member:
+                return spooled(cast(BinaryIO, member), name, info.file_size)  # checks the CRC as well
+        except _DAMAGED as error:
+            raise Unreadable(f"is damaged in the archive: {one_line(error)}") from error
 
     def stamp(self, name: str) -> tuple[object, ...]:
         info = self._open().getinfo(name)
@@ -165,85 +186,126 @@ class Archive(Store):
         if self._zip is not None:
             self._zip.close()
             self._zip = None
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+        if self._remote is not None:
+            self._remote.close()
 
 
-def _hidden(name: str) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+def _is_plausible(info: zipfile.ZipInfo) -> bool:
+    return info.file_size <= MAX_RATIO * info.compress_size + 64
 
 
-def download(repo: str, names: tuple[str, ...]) -> str:
-    """The local path of a data set repository's archive: the first of `names` that exists, fetched unless cached.
+class CloudFolder(Store):
+    """A folder of a bucket, or of another file system that fsspec knows."""
 
-    Without a connection, what is cached is used.
+    def __init__(self, url: str):
+        super().__init__(shown(url).rstrip("/"))
+        self._url = url.rstrip("/")
+        self._listing: dict[str, tuple[int, str]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_listing": None}
+
+    def _list(self) -> dict[str, tuple[int, str]]:
+        if self._listing is None:
+            files, path = file_system(self._url)
+            try:
+                with cloud_errors():
+                    found = files.find(path, detail=True)
+            except Refused as error:
+                raise UserError(f"cannot list {self.path}: {error}") from error
+            self._listing = {}
+            for full, info in found.items():
+                name = full[len(path) :].lstrip("/")
+                if name and info["type"] == "file" and not hidden(name):
+                    self._listing[name] = int(info["size"]), cloud_tag(info)
+        return self._listing
+
+    def sizes(self) -> dict[str, int]:
+        return {name: size for name, (size, _) in self._list().items()}
+
+    def open(self, name: str) -> BinaryIO:
+        return open_remote(CloudFile(f"{self._url}/{name}"), name)
+
+    def stamp(self, name: str) -> tuple[object, ...]:
+        return (name, *self._list()[name])
+
+
+def open_remote(file: RemoteFile, name: str) -> BinaryIO:
+    """A remote recording, whole: libsndfile drops errors that are raised while it reads, and takes the file to end.
 
     Raises:
-      UserError: no connection, no such repository or archive, or no leave to read it.
+      UserError: it cannot be read.
     """
-    import huggingface_hub  # half a second, which a local source need not pay
-    from huggingface_hub import constants, errors
-
-    endpoint = constants.ENDPOINT
-    page = f"{endpoint}/datasets/{repo}"
-    # The client tries for some 25 seconds before it says that there is no connection.
-    offline = constants.HF_HUB_OFFLINE or not _reachable(endpoint)
-    for name in names:
-        try:
-            return huggingface_hub.hf_hub_download(repo, name, repo_type="dataset", local_files_only=offline)
-        except errors.GatedRepoError as error:
-            raise UserError(_gated(page)) from error
-        except errors.LocalEntryNotFoundError as error:
-            status = _status(error)
-            if status in (401, 403):
-                raise UserError(_gated(page)) from error
-            if status == 404 or (offline and name != names[-1]):
-                continue
-            why = f"it answered {status}" if status else "there is no connection to it"
-            raise UserError(
-                f"cannot download {name} from {page}: {why}, and it is not in the cache; try again, or download it "
-                "elsewhere and give its path as --source"
-            ) from error
-        except errors.RemoteEntryNotFoundError:
-            continue
-        except errors.HfHubHTTPError as error:
-            status = _status(error)
-            if status in (401, 403):
-                raise UserError(_gated(page)) from error
-            if status == 404:
-                break
-            raise UserError(f"cannot download {name} from {page}: it answered {status}; try again") from error
-        except OSError as error:
-            if disk_full(error):
-                where = constants.HF_HUB_CACHE
-                raise UserError(f"no space left in {where} for {name}; make room, or set HF_HOME") from error
-            raise UserError(f"cannot download {name} from {page} ({one_line(error)}); try again") from error
-    raise UserError(
-        f"{page} does not hold {' or '.join(names)} (404); download the archive elsewhere and give its path as --source"
-    )
-
-
-def _gated(page: str) -> str:
-    return (
-        f"{page} asks for leave to read: accept its terms there, then log in with `hf auth login` or set HF_TOKEN, "
-        "or give an archive that you have as --source"
-    )
-
-
-def _status(error: BaseException | None) -> int | None:
-    """The HTTP status behind an error of the hub's client."""
-    while error is not None:
-        response = getattr(error, "response", None)
-        if response is not None:
-            return int(response.status_code)
-        error = error.__cause__
-    return None
-
-
-def _reachable(endpoint: str) -> bool:
-    url = urllib.parse.urlsplit(endpoint)
-    if urllib.request.getproxies():
-        return True  # the proxy resolves the name and connects
     try:
-        with socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=10):
-            return True
-    except OSError:
+        file.pin()
+    except Refused as error:
+        raise file.refusal(error) from error
+    with contextlib.closing(file), file.open() as reader:
+        reader.expect(file.size or 0)
+        return spooled(cast(BinaryIO, reader), name, file.size or 0)
+
+
+def spooled(stream: BinaryIO, name: str, size: int) -> BinaryIO:
+    """All of a stream in a temporary file without a name, in memory while it is small.
+
+    Raises:
+      Unreadable: it does not have that size.
+      UserError: there is no room.
+    """
+    if size > SPOOL_BYTES:
+        free = shutil.disk_usage(tempfile.gettempdir()).free
+        if size > free:
+            raise UserError(
+                f"{name!r} takes {size:,} bytes unpacked, and {tempfile.gettempdir()} has {free:,} left; set TMPDIR to "
+                "a larger disk"
+            )
+    with scratch_errors():
+        spool = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)
+        try:
+            shutil.copyfileobj(stream, spool, 1 << 20)
+            if spool.tell() != size:
+                raise Unreadable(f"has {spool.tell()} bytes instead of {size}")
+        except BaseException:
+            spool.close()
+            raise
+        spool.seek(0)
+        return cast(BinaryIO, spool)
+
+
+@contextlib.contextmanager
+def locked(path: str) -> Iterator[BinaryIO]:
+    """The file of that path, made if it is not there, for one process at a time."""
+    while True:
+        with open(path, "a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if is_still(file, path):  # whoever held it may have renamed it meanwhile
+                yield file
+                return
+
+
+def is_still(file: BinaryIO, path: str) -> bool:
+    """Whether an open file is the one of that path."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
         return False
+
+
+def check_ratio(name: str, unpacked: int, packed: int) -> None:
+    """Refuses a decompression bomb.
+
+    Raises:
+      UserError: more comes out of it than can have been put in.
+    """
+    if unpacked > MAX_RATIO * packed + 64:
+        raise UserError(
+            f"{name} holds {unpacked:,} bytes in {packed:,}, more than {MAX_RATIO:,} to 1: that is a decompression "
+            "bomb and no archive of recordings; give another --source"
+        )
+
+
+def hidden(name: str) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))

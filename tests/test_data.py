@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from harmonic.config import Config, override
-from harmonic.data import Dataset, Windows, evaluation_batches, train_batches
+from harmonic.data import Dataset, Windows, evaluation_batches, hop_length, train_batches
 from harmonic.errors import UserError
 
 RECORD_LENGTH = 700  # so that recordings stretch over several records
@@ -55,6 +55,49 @@ def test_windows_cover_every_sample_once(dataset):
     assert all((s == 1).all() for s in seen)
     with pytest.raises(IndexError):
         windows[len(windows)]
+
+
+@pytest.mark.parametrize("hop", [100, 300, 500, 800, 4_000])
+def test_windows_overlap_or_skip(dataset, hop):
+    split = dataset.split("train")
+    windows = Windows(split, 500, hop=hop)
+    expected = [
+        (recording, start, min(start + 500, int(length)))
+        for recording, length in enumerate(split.lengths)
+        for start in range(0, int(length), hop)
+        if start == 0 or start - hop + 500 < length
+    ]
+    assert [windows.locate(i) for i in range(len(windows))] == expected
+    for i, (recording, start, stop) in enumerate(expected):
+        np.testing.assert_array_equal(windows[i]["tokens"][: stop - start], split.read(recording, start, stop))
+    if hop <= 500:
+        for recording, length in enumerate(split.lengths):
+            covered = np.concatenate([np.arange(a, b) for r, a, b in expected if r == recording])
+            assert set(covered) == set(range(length))
+    cropped = Windows(split, 500, hop=hop, crop=700)
+    assert {cropped.locate(i)[2] for i in range(len(cropped))} <= set(range(701))
+
+
+def test_training_follows_the_hop_of_the_config_or_else_of_the_data_set(tmp_path, make_dataset):
+    folder = make_dataset(tmp_path, "mine", [2_000] * 20, window_length=500, hop_length=250)
+    overlapping = Dataset(folder)
+    assert overlapping.manifest.hop_length == 250
+
+    def hop(**fields):
+        return hop_length(overlapping.manifest, config(**fields))
+
+    assert (hop(), hop(data__window_length=400)) == (250, 400)  # that of windows of another length says nothing
+    assert (hop(data__hop_length=125), hop(data__hop_length=125, data__window_length=400)) == (125, 125)
+    rows = rows_of(
+        take(train_batches(overlapping, config()), 1 + len(Windows(overlapping.split("train"), 500, hop=250)) // 4)
+    )
+    expected = Windows(overlapping.split("train"), 500, hop=250)
+    assert len(expected) == 7 * len(overlapping.split("train").recordings)
+    everything = sorted((bytes(w["tokens"]), int(w["length"])) for w in (expected[i] for i in range(len(expected))))
+    assert sorted(rows[: len(expected)]) == everything
+    # Evaluation sees every sample once, whatever the hop.
+    batches = evaluation_batches(overlapping.split("test"), batch_size=2, segment_length=300)
+    assert sum(int(batch.lengths.sum()) for batch in batches) == overlapping.manifest.splits["test"].samples
 
 
 @pytest.mark.parametrize(

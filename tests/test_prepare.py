@@ -1,103 +1,48 @@
-"""Preparing whole data sets: the library function, the command line, runners, bad input, kills."""
+"""Preparing whole data sets: the library function, the command line, runners, options, what stands there already."""
 
+import functools
+import hashlib
 import io
 import json
-import os
-import signal
+import shlex
 import subprocess
 import sys
-import time
-import zipfile
 from pathlib import Path
 
+import librosa
 import numpy as np
 import pytest
 import soundfile
+from prepared import (
+    ROOT,
+    TWO_PROCESSES,
+    beethoven,
+    mine,
+    read_folder,
+    refused_main,
+    run_main,
+    sc09,
+    shards_of,
+    subprocess_of,
+    wav,
+    write_folder,
+    write_zip,
+)
 from test_sources import Hub, hub_environment
 
 from harmonic import audio, records
-from harmonic.errors import UserError
-from pipelines import build, prepare, transforms
+from pipelines import build, console, levels, prepare
 from pipelines.build import PrepareSpec
-
-ROOT = Path(__file__).parent.parent
-TWO_PROCESSES = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
-
-
-def wav(samples=800, rate=16_000, channels=1, seed=0):
-    file = io.BytesIO()
-    soundfile.write(file, np.random.default_rng(seed).normal(0, 0.1, (samples, channels)), rate, format="WAV")
-    return file.getvalue()
-
-
-def sc09(count=6):
-    files = {f"sc09/{d}/{i}.wav": wav(700 + 10 * i, seed=i) for d in ("zero", "one") for i in range(count)}
-    return files | {"sc09/validation_list.txt": b"zero/0.wav\n", "sc09/testing_list.txt": b"one/0.wav\none/1.wav\n"}
-
-
-def beethoven(count=20):
-    return {f"beethoven/{i}.wav": wav(seed=i) for i in range(count)}
-
-
-def mine(count=12):
-    return {f"{i % 3}/{i}.wav": wav(2_000, 8_000 * (1 + i % 3), 1 + i % 2, i) for i in range(count)}
-
-
-def write_folder(folder, files):
-    for name, data in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    return folder
-
-
-def write_zip(path, files):
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in files.items():
-            archive.writestr(name, data)
-    return path
-
-
-def read_folder(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-
-
-def shards_of(folder):
-    return {name: data for name, data in read_folder(folder).items() if name != "manifest.json"}
 
 
 @pytest.fixture
 def run(capsys):
-    """Runs main in this process; returns (exit status, standard output, the one line of error)."""
-
-    def run(*argv):
-        status = prepare.main([str(argument) for argument in argv])
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        if status:
-            lines = err.splitlines()
-            assert len(lines) == 1 and lines[0].startswith("error: "), err
-        return status, out, err
-
-    return run
+    return functools.partial(run_main, capsys, prepare.main)
 
 
 @pytest.fixture
-def refused(run):
-    """Runs main, expects exit status 2, and returns the line."""
-
-    def refused(*argv):
-        status, out, err = run(*argv)
-        assert status == 2 and not out
-        return err
-
-    return refused
-
-
-def subprocess_of(*argv, env=None, **more):
-    command = [sys.executable, "-m", "pipelines.prepare", *map(str, argv)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more
-    )
+def refused(capsys):
+    return functools.partial(refused_main, capsys, prepare.main)
 
 
 # What comes out.
@@ -187,6 +132,239 @@ def test_demo_needs_nothing(run, tmp_path, monkeypatch):
     assert sum(s.recordings for s in records.load_manifest(tmp_path / "data/demo").splits.values()) == 96
 
 
+# Options.
+
+
+def all_recordings(folder):
+    manifest = records.load_manifest(folder)
+    return {
+        row.id: (split, row)
+        for split, part in manifest.splits.items()
+        for shard in part.shards
+        for row in records.read_index(folder, shard)
+    }
+
+
+def splits_of(folder):
+    return {name: split for name, (split, _) in all_recordings(folder).items()}
+
+
+def test_windows_are_counted_with_the_hop(run, tmp_path):
+    source = write_folder(tmp_path / "f", mine())
+    for hop in (400, 1_000, 1_700):
+        argv = ["--dataset", "mine", "--source", source, "--output_dir", tmp_path / str(hop), "--window_length", 1_000]
+        status, out, _ = run(*argv, "--hop_length", hop)
+        assert status == 0 and (f"windows of 1,000 samples every {hop:,}" in out) == (hop != 1_000)
+        manifest = records.load_manifest(tmp_path / str(hop) / "mine")
+        assert manifest.hop_length == hop
+        for name, split in manifest.splits.items():
+            lengths = [row.length for of, row in all_recordings(tmp_path / str(hop) / "mine").values() if of == name]
+            starts = [s for n in lengths for s in range(0, n, hop) if s == 0 or s - hop + 1_000 < n]
+            assert split.windows == len(starts)
+
+
+def test_splits_by_shares(run, tmp_path):
+    """Most of the recordings, then all of them: no recording changes its split, and none is in two."""
+    files, argv = mine(60), ["--dataset", "mine", "--output_dir", tmp_path, "--source", tmp_path / "f"]
+    write_folder(tmp_path / "f", dict(list(files.items())[:50]))
+    assert run(*argv, "--splits=0.5,0.2,0.3")[0] == 0
+    before = splits_of(tmp_path / "mine")
+    write_folder(tmp_path / "f", files)
+    assert run(*argv, "--splits=0.5,0.2,0.3", "--overwrite")[0] == 0
+    after = splits_of(tmp_path / "mine")
+    assert len(after) == 60 and before.items() <= after.items()
+    # The number that the name's SHA-256 is, by hand.
+    number = int(hashlib.sha256(b"0/0.wav").hexdigest()[:16], 16) / 2**64
+    assert after["0/0.wav"] == ("train" if number < 0.5 else "validation" if number < 0.7 else "test")
+    counts = [sum(split == name for split in after.values()) for name in records.SPLITS]
+    assert 20 <= counts[0] <= 40 and counts[1] >= 4 and counts[2] >= 8
+    # The default shares are the default.
+    run(*argv, "--overwrite")
+    default = read_folder(tmp_path / "mine")
+    assert run(*argv, "--splits=0.88,0.06,0.06")[0] == 0
+    assert run(*argv, "--splits=0.88,0.06,0.06", "--overwrite")[0] == 0 and read_folder(tmp_path / "mine") == default
+
+
+def test_a_small_collection_has_all_splits(run, tmp_path):
+    for count in (3, 4, 5):
+        source = write_folder(tmp_path / str(count), mine(count))
+        argv = ["--dataset", "mine", "--source", source, "--output_dir", tmp_path / f"{count}o"]
+        assert run(*argv, "--splits", "0.98,0.01,0.01")[0] == 0
+        assert sorted(set(splits_of(tmp_path / f"{count}o/mine").values())) == ["test", "train", "validation"]
+
+
+def test_splits_by_lists(run, refused, tmp_path):
+    source, lists = write_folder(tmp_path / "f", mine()), {}
+    for name, text in (("v", "./0/0.wav\n1/1.wav\n\n"), ("t", "2/2.wav\r\n0/3.wav"), ("t2", "2/2.wav"), ("none", "\n")):
+        lists[name] = tmp_path / name
+        lists[name].write_bytes(text.encode())
+    argv = ["--dataset", "mine", "--source", source, "--output_dir", tmp_path]
+    both = ["--validation_list", lists["v"], "--test_list", lists["t"]]
+    status, out, _ = run(*argv, *both)
+    assert status == 0 and "splits by lists" in out
+    found = splits_of(tmp_path / "mine")
+    assert {name for name in found if found[name] == "validation"} == {"0/0.wav", "1/1.wav"}
+    assert {name for name in found if found[name] == "test"} == {"2/2.wav", "0/3.wav"} and len(found) == 12
+    assert run(*argv, *both)[0] == 0
+    other = ["--validation_list", lists["v"], "--test_list", lists["t2"]]
+    assert "split_rule lists" in refused(*argv, *other)
+    (tmp_path / "absent").write_text("0/0.wav\n7/7.wav\n8/8.wav\n")
+    (tmp_path / "every").write_text("\n".join(set(found) - {"0/0.wav", "1/1.wav"}))
+    for flags, message in (
+        (both[:2], "--validation_list is given without --test_list; every data set has both splits"),
+        ([*both[:2], "--test_list", tmp_path / "gone"], "gone cannot be read: No such file or directory; give a text"),
+        ([*both[:2], "--test_list", lists["none"]], "none names no recordings; every split needs at least one"),
+        ([*both[:2], "--test_list", lists["v"]], "0/0.wav stands in both"),
+        (
+            [*both[2:], "--validation_list", tmp_path / "absent"],
+            "names 2 recordings that are not there, 7/7.wav the first",
+        ),
+        ([*both[:2], "--test_list", tmp_path / "every"], "the validation and test lists name every recording"),
+        ([*both, "--splits", "0.8,0.1,0.1"], "are two ways to split; give one of them"),
+    ):
+        assert message in refused(*argv[:-1], tmp_path / "new", *flags)
+    assert not (tmp_path / "new").exists()
+
+
+def test_published_splits_stay(refused, tmp_path):
+    source = write_zip(tmp_path / "a.zip", beethoven())
+    line = refused("--dataset", "beethoven", "--source", source, "--splits", "0.8,0.1,0.1", "--output_dir", tmp_path)
+    assert line.startswith(
+        "error: beethoven has its own splits, which its published figures are for: leave out --splits"
+    )
+
+
+def test_trimming_and_loudness(tmp_path):
+    """As librosa and the levels by hand, the same bytes on two processes, each option another data set to train on."""
+    files = {}
+    for i in range(6):
+        noise = np.random.default_rng(i).normal(0, 0.01 * (i + 1), 12_000)
+        file = io.BytesIO()
+        soundfile.write(file, np.concatenate([np.zeros(5_000), noise, np.zeros(7_000)]), 16_000, "FLOAT", format="WAV")
+        files[f"{i}.wav"] = file.getvalue()
+    source = str(write_folder(tmp_path / "f", files))
+    manifests = []
+    for number, (options, more) in enumerate(
+        [((), {}), ((), {"trim_silence": 30}), ((), {"trim_silence": 30, "loudness": -23}), (TWO_PROCESSES, {})]
+    ):
+        more = more or ({"trim_silence": 30, "loudness": -23} if options else {})
+        manifests.append(build.prepare(PrepareSpec("mine", source, str(tmp_path / str(number)), **more), options))
+    assert manifests[3] == manifests[2] and read_folder(tmp_path / "3/mine") == read_folder(tmp_path / "2/mine")
+    assert len({manifest.fingerprint for manifest in manifests}) == 3
+    assert [(m.trim_silence, m.loudness) for m in manifests[:3]] == [(None, None), (30.0, None), (30.0, -23.0)]
+    for i, (_, row) in enumerate(sorted(all_recordings(tmp_path / "2/mine").values(), key=lambda of: of[1].id)):
+        whole = audio.read_audio(io.BytesIO(files[row.id]))[0]
+        kept, (start, stop) = librosa.effects.trim(whole, top_db=30)
+        assert (row.length, row.cut_front, row.cut_back) == (len(kept), start, 24_000 - stop)
+        assert 1 / row.high == pytest.approx(
+            levels.gain(lambda kept=kept: iter([kept]), abs(kept).max(), -23), rel=1e-3
+        )
+        assert row.level == pytest.approx(20 * np.log10(0.01 * (i + 1)) + 10 * np.log10(12_000 / len(kept)), abs=0.2)
+
+
+def test_a_prompt_is_scaled_as_the_recordings_are(tmp_path):
+    """By its own extremes, or to their loudness: as a prompt, a recording has the tokens that it was prepared to."""
+    from types import SimpleNamespace
+
+    from harmonic.config import Config
+    from harmonic.data import Dataset
+    from workflows.stages import read_prompt
+
+    source = write_folder(tmp_path / "f", {f"{i}.wav": wav(9_000, seed=i) for i in range(3)})
+    for loudness in (None, -30):
+        spec = PrepareSpec("mine", str(source), str(tmp_path / str(loudness)), loudness=loudness)
+        build.prepare(spec)
+        split = Dataset(spec.folder).split("train")
+        path = str(source / split.recordings[0].id)
+        weights = SimpleNamespace(config=Config())
+        prompt = read_prompt(path, weights, split.manifest, seconds=None, resample=False)
+        np.testing.assert_array_equal(prompt.tokens, split.read(0))
+
+
+# The config of one's own.
+
+
+def test_a_config_is_written_that_trains_at_once(run, tmp_path, monkeypatch):
+    from harmonic.config import load_config
+    from harmonic.data import Dataset, train_batches
+
+    monkeypatch.chdir(tmp_path)
+    source = write_folder(tmp_path / "f", mine())
+    argv = ["--dataset", "mine", "--source", source]
+    flags = ["--encoding", "linear", "--num_levels", 1024, "--window_length", 1_500, "--hop_length", 500]
+    status, out, _ = run(*argv, *flags)
+    assert status == 0
+    assert out.splitlines()[-1] == "train on it: python -m workflows.train --config=data/mine/config.py"
+    text = (tmp_path / "data/mine/config.py").read_text()
+    assert max(map(len, text.splitlines())) <= 120
+    config = load_config("data/mine/config.py")
+    assert (config.name, config.data.dataset, config.data.encoding, config.data.num_levels) == (
+        *("mine", "mine", "linear"),
+        1024,
+    )
+    assert (config.data.window_length, config.data.hop_length) == (1_500, 500)
+    batch = next(train_batches(Dataset("data/mine"), config))
+    assert batch["tokens"].shape == (config.train.global_batch_size, 1_504, 1) and batch["tokens"].max() > 255
+    # Windows no longer than the recordings are, and long ones in segments.
+    assert run(*argv, "--overwrite")[0] == 0
+    assert load_config("data/mine/config.py").data.window_length == 4_000
+    write_folder(tmp_path / "f", {"long.wav": wav(50_000)})
+    longer = {f"l/{i}.wav": wav(50_000, seed=i) for i in range(3)}
+    assert run("--dataset", "long", "--source", write_folder(tmp_path / "l", longer), "--output_dir", "other")[0] == 0
+    config = load_config("other/long/config.py")
+    assert (config.data.window_length, config.train.segment_length, config.train.global_batch_size) == (
+        50_000,
+        16_000,
+        1,
+    )
+
+
+@pytest.mark.slow
+def test_the_printed_command_trains(tmp_path):
+    source = write_folder(tmp_path / "f", mine())
+    process = subprocess_of("--dataset", "mine", "--source", source, "--output_dir", tmp_path / "d", "--loudness=-23")
+    out, err = process.communicate(timeout=100)
+    assert (process.returncode, err) == (0, "")
+    command = shlex.split(out.splitlines()[-1].removeprefix("train on it: "))
+    command = [sys.executable, *command[1:], "--set=train.steps=2", f"--workdir={tmp_path}/run"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "trained to step 2, best validation" in done.stdout, done.stderr
+
+
+def test_the_config_is_made_again_unless_somebody_changed_it(run, refused, tmp_path):
+    source = write_folder(tmp_path / "f", mine())
+    argv = ["--dataset", "mine", "--source", source, "--output_dir", tmp_path]
+    _, out, _ = run(*argv)
+    path, last = tmp_path / "mine/config.py", out.splitlines()[-1]
+    assert last == f"train on it: python -m workflows.train --config={path} --data_dir={tmp_path}"
+    first = path.read_bytes()
+    path.unlink()
+    assert run(*argv)[1] == out and path.read_bytes() == first
+    assert run(*argv, "--overwrite")[1] == out and path.read_bytes() == first
+    assert run(*argv, "--overwrite", "--window_length", 500)[0] == 0
+    assert b"window_length=500," in path.read_bytes()
+    path.write_bytes(path.read_bytes() + b"# mine\n")
+    assert run(*argv, "--overwrite", "--window_length", 900)[0] == 0
+    assert path.read_bytes().endswith(b"# mine\n") and b"window_length=500," in path.read_bytes()
+    # Of a published one there is none; configs/ has it.
+    assert run(
+        "--dataset", "beethoven", "--source", write_zip(tmp_path / "b.zip", beethoven()), "--output_dir", tmp_path
+    )
+    assert not (tmp_path / "beethoven/config.py").exists()
+
+
+def test_what_stands_whole_needs_no_source(run, refused, tmp_path):
+    source = write_folder(tmp_path / "f", mine())
+    argv = ["--dataset", "mine", "--output_dir", tmp_path]
+    options = ["--window_length", 900, "--trim_silence", 50, "--splits", "0.6,0.2,0.2"]
+    status, out, _ = run(*argv, "--source", source, *options)
+    assert status == 0
+    (source / "0/0.wav").unlink()
+    assert run(*argv) == (0, out, "") and run(*argv, *options) == (0, out, "")
+    assert "trim_silence 50.0, not 40.0" in refused(*argv, "--trim_silence", 40)
+    assert "give --source" in refused(*argv, "--overwrite")
+
+
 # What stands there already.
 
 
@@ -216,6 +394,10 @@ def test_another_data_set_is_not_taken_for_it(refused, run, tmp_path):
         (["--num_levels", 16], "num_levels 256, not 16"),
         (["--window_length", 10], "window_length 128000, not 10"),
         (["--record_length", 10], "record_length 131072, not 10"),
+        (["--hop_length", 10], "hop_length 128000, not 10"),
+        (["--trim_silence", 40], "trim_silence none, not 40.0"),
+        (["--loudness", -23], "loudness none, not -23.0"),
+        (["--splits", "0.8,0.1,0.1"], "split_rule default, not hash 0.8,0.1,0.1"),
     ):
         line = refused(*argv, *more)
         assert f"holds a data set with {difference}; give --overwrite to replace it, or another --output_dir" in line
@@ -243,168 +425,7 @@ def test_a_run_that_fails_with_overwrite_leaves_no_manifest(refused, run, tmp_pa
     assert read_folder(tmp_path / "beethoven") == {}
 
 
-# Recordings that cannot be read.
-
-
-def float_wav(*values):
-    file = io.BytesIO()
-    soundfile.write(file, np.array(values, np.float32), 16_000, format="WAV", subtype="FLOAT")
-    return file.getvalue()
-
-
-BAD = {
-    "0/cut.wav": wav()[:-100],
-    "0/empty.wav": b"",
-    "0/nan.wav": float_wav(0, np.nan),
-    "0/none.wav": wav(0),
-    "0/slow.wav": wav(rate=500),
-    "0/text.wav": b"text" * 100,
-    "0/video.m4a": b"\0\0\0\x20ftypM4A " * 20,
-}
-
-
-def test_bad_recordings_of_ones_own_are_skipped_and_reported(run, tmp_path):
-    source = write_zip(tmp_path / "a.zip", mine(60) | BAD)
-    data = bytearray(source.read_bytes())
-    data[data.index(mine()["1/1.wav"]) + 700] ^= 1
-    source.write_bytes(data)
-    status, out, _ = run("--dataset", "mine", "--source", source, "--output_dir", tmp_path)
-    assert status == 0
-    manifest = records.load_manifest(tmp_path / "mine")
-    reasons = {skipped.recording: skipped.reason for skipped in manifest.skipped}
-    assert reasons.pop("1/1.wav") == "is damaged in the archive: Bad CRC-32 for file '1/1.wav'"
-    assert sorted(reasons) == sorted(BAD)
-    assert sum(split.recordings for split in manifest.splits.values()) == 59
-    for name, reason in reasons.items():
-        assert f"skipped {name} ({next(s.split for s in manifest.skipped if s.recording == name)}): {reason}" in out
-
-
-@pytest.mark.parametrize("options", [(), TWO_PROCESSES])
-def test_bad_recordings_of_a_published_set_stop_it(refused, run, tmp_path, options):
-    source = write_zip(tmp_path / "a.zip", beethoven() | {"beethoven/7.wav": wav()[:99], "beethoven/8.wav": b""})
-    argv = ["--dataset", "beethoven", "--source", source, "--output_dir", tmp_path, *options]
-    assert refused(*argv) == (
-        "error: 2 recordings of beethoven cannot be read: 7.wav is cut short: 99 bytes, and its header claims 1644; "
-        "8.wav is empty; get the archive again, or give --allow_skipped to leave them out\n"
-    )
-    assert read_folder(tmp_path / "beethoven") == {}
-    if not options:
-        assert run(*argv, "--allow_skipped")[0] == 0
-        assert "give --allow_skipped to use it as it is, or --overwrite" in refused(*argv)
-        assert run(*argv, "--allow_skipped")[0] == 0
-
-
-def test_splits_without_recordings(refused, tmp_path):
-    argv = ["--output_dir", tmp_path, "--source", tmp_path / "a.zip", "--dataset"]
-    write_zip(tmp_path / "a.zip", beethoven(5))
-    assert "has no recordings for split validation; give the whole" in refused(*argv, "beethoven")
-    write_zip(tmp_path / "a.zip", sc09() | {"sc09/testing_list.txt": b""})
-    assert "has no recordings for split test" in refused(*argv, "sc09")
-    write_zip(tmp_path / "a.zip", {f"{i}.wav": b"" for i in range(3)})
-    assert "none of the recordings of split train can be read: " in refused(*argv, "mine")
-    assert not (tmp_path / "mine").exists() or read_folder(tmp_path / "mine") == {}
-
-
-# Bad flags, sources and outputs.
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        ([], "the following arguments are required: --dataset"),
-        (["--dataset", "My Music"], "--dataset 'My Music' cannot be a folder's name"),
-        (["--dataset", "mine"], "for recordings of your own give --source"),
-        (["--dataset", "demo", "--encoding", "alaw"], "argument --encoding: invalid choice: 'alaw'"),
-        (["--dataset", "demo", "--window_length", "0"], "--window_length must be a whole number from 1"),
-        (["--dataset", "demo", "--window_length", "8k"], "invalid int value: '8k'"),
-        (["--dataset", "demo", "--record_length", "-1"], "--record_length must be a whole number from 1"),
-        (["--dataset", "demo", "--num_levels", "65537"], "--num_levels must be a whole number from 2 to 65,536"),
-        (["--dataset", "demo", "--num_shards", "0"], "--num_shards must be a whole number from 1"),
-        (["--dataset", "demo", "--output_dir", ""], "--output_dir is empty"),
-        (["--dataset", "demo", "--output_dir", "nowhere://x"], "cannot write to nowhere://x/demo: Unable to get"),
-        (["--dataset", "demo", "--sorce", "x"], "unknown argument --sorce; see --help"),
-        (["--dataset", "demo", "--sorce=x"], "unknown argument --sorce=x"),
-        (["--dataset", "demo", "extra"], "unknown argument extra"),
-        (["--dataset", "demo", "--enc", "linear"], "unknown argument --enc"),
-        (["--dataset", "demo", "--runner"], "argument --runner: expected one argument"),
-        (["--dataset", "demo", "--runner=NoRunner"], "--runner=NoRunner is not a runner of Beam's"),
-        (["--dataset", "demo", "--direct_num_workers=x"], "argument --direct_num_workers: invalid int value: 'x'"),
-        (["--dataset", "demo", "--direct_num_workers=2"], "needs --direct_running_mode=multi_processing"),
-        (["--dataset", "demo", "--direct_running_mode=multi_threading"], "loses records; use multi_processing"),
-        (["--dataset", "demo", "--direct_running_mode", "multi_threading"], "loses records; use multi_processing"),
-        (["--dataset", "demo", "--source", "/does/not/exist"], "--source /does/not/exist is missing"),
-        (["--dataset", "sc09", "--source", "synth"], "makes the demo's recordings"),
-        (["--dataset", "mine", "--source", "hub"], "mine is not on the hub"),
-    ],
-)
-def test_bad_arguments(refused, tmp_path, monkeypatch, argv, message):
-    monkeypatch.chdir(tmp_path)
-    assert message in refused(*argv)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_direct_runner_stands_for_the_in_process_one():
-    for given in ([], ["--runner=DirectRunner"], ["--runner", "directrunner"], ["--direct_num_workers=1"]):
-        assert [o for o in build.beam_options(given) if o.startswith("--runner=")][-1] == "--runner=FnApiRunner"
-
-
-def test_outputs_that_cannot_be_written(refused, tmp_path):
-    source = write_zip(tmp_path / "a.zip", mine())
-    (tmp_path / "file").write_text("")
-    argv = ["--dataset", "mine", "--source", source, "--output_dir"]
-    assert "cannot write to" in refused(*argv, tmp_path / "file")
-    (tmp_path / "locked").mkdir(mode=0o500)
-    if os.geteuid():  # root may write anywhere
-        assert "Permission denied; make it writable" in refused(*argv, tmp_path / "locked")
-
-
-def test_a_full_disk_while_running(refused, tmp_path, monkeypatch):
-    from pipelines import array_record_io
-
-    class Full(io.BytesIO):
-        def write(self, data):
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(array_record_io, "_create", lambda path: Full())
-    source = write_zip(tmp_path / "a.zip", mine())
-    line = refused("--dataset", "mine", "--source", source, "--output_dir", tmp_path)
-    assert (
-        line
-        == f"error: cannot write to {tmp_path}/mine: no space is left; make room there, or give another --output_dir\n"
-    )
-    assert read_folder(tmp_path / "mine") == {}
-
-
-def test_a_runner_that_loses_recordings_is_noticed(refused, tmp_path, monkeypatch):
-    keyed = transforms.KeyByShard.process
-    monkeypatch.setattr(transforms.KeyByShard, "process", lambda self, r: () if r.id == "0/0.wav" else keyed(self, r))
-    source = write_zip(tmp_path / "a.zip", mine())
-    line = refused("--dataset", "mine", "--source", source, "--output_dir", tmp_path)
-    assert "the runner lost recordings of split" in line
-    assert read_folder(tmp_path / "mine") == {}
-
-
-def test_faults_of_the_program_keep_their_trace(tmp_path, monkeypatch):
-    def fault(*_):
-        raise ZeroDivisionError("a fault")
-
-    monkeypatch.setattr(transforms, "measure", fault)
-    with pytest.raises(Exception, match="a fault"):
-        build.prepare(PrepareSpec("mine", str(write_zip(tmp_path / "a.zip", mine())), str(tmp_path)))
-    assert read_folder(tmp_path / "mine") == {}
-
-
-def test_user_errors_are_found_in_what_runners_wrap_around_them():
-    text = "Traceback...\nharmonic.errors.UserError: one line [while running 'WriteShard']\n\nmore"
-    assert str(build.unwrap(RuntimeError(text))) == "one line"
-    inner = UserError("another [while running 'X']")
-    outer = RuntimeError("wrapped")
-    outer.__cause__ = inner
-    assert str(build.unwrap(outer)) == "another"
-    assert build.unwrap(ValueError("x")) is None
-
-
-# Processes, progress, kills, the hub.
+# Processes, progress, the hub.
 
 
 def test_command_line(tmp_path):
@@ -412,7 +433,7 @@ def test_command_line(tmp_path):
     process = subprocess_of("--dataset", "mine", "--source", source, "--output_dir", tmp_path, *TWO_PROCESSES)
     out, err = process.communicate(timeout=100)
     assert process.returncode == 0 and err == ""
-    assert [line.split()[0] for line in out.splitlines() if line] == ["mine", "split", *records.SPLITS]
+    assert [line.split()[0] for line in out.splitlines() if line] == ["mine", "split", *records.SPLITS, "train"]
     process = subprocess_of("--dataset", "mine", "--source", tmp_path / "absent", "--output_dir", tmp_path)
     out, err = process.communicate(timeout=100)
     assert (process.returncode, out) == (2, "")
@@ -430,9 +451,9 @@ def test_neither_jax_nor_what_it_takes_is_imported():
 
 def test_progress_lines(monkeypatch):
     clock = iter([0.0, 1.0, 6.0, 7.0, 66.0])
-    monkeypatch.setattr(prepare.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
     stream = io.StringIO()
-    line = prepare.ProgressLine(stream)
+    line = console.ProgressLine(stream)
     for done in (1, 60, 70, 3_300):
         line(done, 3_600)
     line.close()
@@ -440,7 +461,7 @@ def test_progress_lines(monkeypatch):
         "60 of 3,600 recordings, 10.0 a second, 5 min 54 s left",
         "3,300 of 3,600 recordings, 50.0 a second, 6 s left",
     ]
-    assert [prepare.duration(s) for s in (0, 59.4, 60, 3_599, 7_800)] == [
+    assert [console.duration(s) for s in (0, 59.4, 60, 3_599, 7_800)] == [
         *("0 s", "59 s", "1 min 00 s", "59 min 59 s", "2 h 10 min")
     ]
 
@@ -452,48 +473,6 @@ def test_progress_is_reported_while_running(tmp_path, monkeypatch):
     build.prepare(spec, progress=lambda done, total: seen.append((done, total)))
     assert seen and all(total == 40 for _, total in seen)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen) and 0 < seen[-1][0] <= 40
-
-
-def stop_in_the_middle(tmp_path, options, stop):
-    """Starts a run in a process of its own and sends it a signal. Returns (source, folder, status, errors)."""
-    files = {f"{i}.wav": wav(44_100 * 5, 44_100, 2, i) for i in range(30)}
-    source = write_folder(tmp_path / "f", files)
-    argv = ["--dataset", "mine", "--source", source, "--output_dir", tmp_path / "killed", "--num_shards", 4, *options]
-    # Whoever runs the tests may ignore SIGINT (a shell does for what it starts in the background), and we inherit that.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = subprocess_of(*argv)
-    signal.signal(signal.SIGINT, before)
-    folder = tmp_path / "killed/mine"
-    deadline = time.monotonic() + 60
-    while not any(path.stat().st_size >= 3 for path in folder.glob("_partial-*/progress")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(stop)
-    _, err = process.communicate(timeout=60)
-    return source, folder, process.returncode, err
-
-
-@pytest.mark.parametrize("options", [[], TWO_PROCESSES])
-def test_an_interrupt_says_how_to_go_on(tmp_path, options):
-    _, folder, status, err = stop_in_the_middle(tmp_path, options, signal.SIGINT)
-    assert status == 130 and "interrupted; run the same command again\n" in err
-    assert not any(path.suffix in (".json", ".array_record") for path in folder.iterdir())
-
-
-@pytest.mark.parametrize("options", [[], TWO_PROCESSES])
-def test_a_killed_run_leaves_nothing_that_looks_whole(tmp_path, options):
-    source, folder, status, _ = stop_in_the_middle(tmp_path, options, signal.SIGKILL)
-    assert status == -signal.SIGKILL
-    left = sorted(path.name for path in folder.iterdir())
-    assert len(left) == 1 and left[0].startswith("_partial-")
-    time.sleep(1 if options else 0)  # its workers notice, and leave
-    spec = PrepareSpec("mine", str(source), str(tmp_path / "killed"), num_shards=4)
-    with pytest.raises(UserError, match="no data set stands in"):
-        records.load_manifest(folder)
-    build.prepare(spec)
-    other = PrepareSpec("mine", str(source), str(tmp_path / "whole"), num_shards=4)
-    build.prepare(other)
-    assert read_folder(folder) == read_folder(other.folder)
 
 
 def test_from_the_hub_and_again_without_a_network(tmp_path):

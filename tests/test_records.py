@@ -1,6 +1,7 @@
 """The record format, the index and the manifest."""
 
 import dataclasses
+import hashlib
 import json
 import struct
 import zlib
@@ -78,6 +79,17 @@ def test_count_windows():
     assert [records.count_windows(n, 10) for n in (0, 1, 10, 11, 20)] == [0, 1, 1, 2, 2]
 
 
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 30))
+def test_windows_that_overlap_or_skip_reach_the_end_and_are_never_empty(length, window, hop):
+    """Every one but the last is whole, and ends before the recording does; hops beyond a window skip samples."""
+    count = records.count_windows(length, window, hop)
+    starts = [index * hop for index in range(count)]
+    assert count >= 1 and starts[-1] < length
+    assert all(start + window < length for start in starts[:-1])
+    assert starts[-1] + window >= length or starts[-1] + hop >= length
+
+
 def manifest():
     def split(name, count):
         shards = tuple(
@@ -107,7 +119,11 @@ def manifest():
         token_dtype="uint8",
         channels=1,
         window_length=128_000,
+        hop_length=64_000,
         record_length=131_072,
+        trim_silence=40.0,
+        loudness=None,
+        split_rule="default",
         splits={name: split(name, count) for name, count in zip(records.SPLITS, (2, 1, 1), strict=True)},
         skipped=(records.Skipped("b.wav", "train", "is empty"),),
     )
@@ -121,6 +137,40 @@ def test_manifest_round_trip(tmp_path):
     assert records.load_manifest(tmp_path) == manifest()
 
 
+def sealed(raw):
+    """The text of a manifest's dictionary, with the checksum that goes with it."""
+    body = {name: value for name, value in raw.items() if name != "checksum"}
+    checksum = hashlib.sha256(json.dumps(body, indent=2).encode()).hexdigest()
+    return json.dumps({**body, "checksum": checksum}, indent=2) + "\n"
+
+
+def test_any_changed_byte_of_a_manifest_is_noticed(tmp_path):
+    data = manifest().to_json().encode()
+    path = tmp_path / "manifest.json"
+    for place in range(len(data)):
+        for bit in (0x01, 0x07, 0x80):  # 0x07 makes a carriage return of a line's end
+            path.write_bytes(data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :])
+            with pytest.raises(UserError, match="cannot be read"):
+                records.load_manifest(tmp_path)
+    for text in (data[:-1], data[: len(data) // 2], data + b"\n", data.replace(b"\n", b"\r\n")):
+        path.write_bytes(text)
+        with pytest.raises(UserError, match="cannot be read"):
+            records.load_manifest(tmp_path)
+
+
+def test_a_manifest_of_format_1_is_read():
+    """Which had no hop, no options, no longest recordings and no checksum."""
+    raw = json.loads(manifest().to_json()) | {"format": 1}
+    for name in ("hop_length", "trim_silence", "loudness", "split_rule", "checksum"):
+        del raw[name]
+    for split in raw["splits"].values():
+        for shard in split["shards"]:
+            del shard["longest"]
+    read = records.Manifest.from_json(json.dumps(raw))
+    assert read == dataclasses.replace(manifest(), hop_length=128_000, trim_silence=None)
+    assert records.Manifest.from_json(read.to_json()) == read
+
+
 def change(path, value):
     raw = json.loads(manifest().to_json())
     at = raw
@@ -130,7 +180,12 @@ def change(path, value):
         del at[path[-1]]
     else:
         at[path[-1]] = value
-    return json.dumps(raw)
+    return sealed(raw)
+
+
+def test_a_manifest_that_is_sealed_again_is_read():
+    """So that what is refused below is refused for what it says."""
+    assert records.Manifest.from_json(change(["loudness"], -23.0)).loudness == -23
 
 
 @pytest.mark.parametrize(
@@ -142,7 +197,15 @@ def change(path, value):
         '"text"',
         "{}",
         "[" * 100_000,
-        change(["format"], 2),
+        change(["format"], 3),
+        change(["window_length"], 0),
+        change(["hop_length"], 0),
+        change(["hop_length"], None),
+        change(["record_length"], 0),
+        change(["sample_rate"], 0),
+        change(["channels"], 0),
+        change(["token_dtype"], "float32"),
+        change(["loudness"], "loud"),
         change(["dataset"], None),
         change(["dataset"], 3),
         change(["num_levels"], "256"),
@@ -178,18 +241,26 @@ def test_without_a_manifest_there_is_no_data_set(tmp_path):
 def test_index_round_trip_and_damage(tmp_path):
     recordings = [
         records.Recording("a.wav", 7, 1, None, -0.5, 0.5, 16_000),
-        records.Recording("ü\n.wav", 9, 2, "zero", -1.0, 1.0, 44_100),
+        records.Recording("ü\n.wav", 9, 2, "zero", -1.0, 1.0, 44_100, -12.5, 3, 4),
     ]
     data = b"".join(map(records.index_line, recordings))
     shard = dataclasses.replace(
-        manifest().splits["test"].shards[0], index_file="i.jsonl", index_bytes=len(data), recordings=2, records=3
+        manifest().splits["test"].shards[0],
+        index_file="i.jsonl",
+        index_bytes=len(data),
+        index_sha256=hashlib.sha256(data).hexdigest(),
+        recordings=2,
+        records=3,
     )
     (tmp_path / "i.jsonl").write_bytes(data)
     assert list(records.read_index(tmp_path, shard)) == recordings
-    for damaged in (data[:-1], data.replace(b"7", b"x", 1), data.replace(b'"records":1', b'"records":3')):
+    for damaged in (data[:-1], data.replace(b"7", b"x", 1), data.replace(b"a.wav", b"b.wav")):
         (tmp_path / "i.jsonl").write_bytes(damaged)
         with pytest.raises(UserError, match="missing or damaged"):
             list(records.read_index(tmp_path, shard))
+    (tmp_path / "i.jsonl").write_bytes(data)
+    with pytest.raises(UserError, match="does not match the manifest"):
+        list(records.read_index(tmp_path, dataclasses.replace(shard, records=4)))
     (tmp_path / "i.jsonl").unlink()
     with pytest.raises(UserError, match="missing or damaged"):
         list(records.read_index(tmp_path, shard))

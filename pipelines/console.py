@@ -1,0 +1,131 @@
+"""What the pipelines' command lines share: arguments, a line of progress, tables, and errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TextIO
+
+from harmonic.errors import UserError
+from harmonic.records import Manifest
+from pipelines.array_record_io import one_line
+
+_PLAIN_SECONDS, _TERMINAL_SECONDS = 5.0, 0.5  # between lines of progress
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are the user's, in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+class ProgressLine:
+    """What is done, rate and time left on stderr: one line that changes on a terminal, plain lines elsewhere."""
+
+    def __init__(self, stream: TextIO, unit: str = "recordings"):
+        self._stream, self._unit = stream, unit
+        self._terminal = stream.isatty()
+        self._started = self._last = time.monotonic()
+        self._shown = False
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._last < (_TERMINAL_SECONDS if self._terminal else _PLAIN_SECONDS) or not done:
+            return
+        self._last = now
+        rate = done / (now - self._started)
+        text = f"{done:,} of {total:,} {self._unit}, {rate:,.1f} a second, {duration((total - done) / rate)} left"
+        self._stream.write(f"\r\033[K{text}" if self._terminal else f"{text}\n")
+        self._stream.flush()
+        self._shown = True
+
+    def close(self) -> None:
+        """Clears the line on a terminal."""
+        if self._shown and self._terminal:
+            self._stream.write("\r\033[K")
+            self._stream.flush()
+
+
+def guarded(main: Callable[[Sequence[str], ProgressLine], int], argv: Sequence[str], unit: str = "recordings") -> int:
+    """Runs a main; returns the exit status: its own, 2 for what the user can mend, 130 for an interrupt."""
+    line = ProgressLine(sys.stderr, unit)
+    try:
+        return main(argv, line)
+    except UserError as error:
+        line.close()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        line.close()
+        print("interrupted; run the same command again", file=sys.stderr)
+        return 130
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people who wait: `42 s`, `3 min 05 s`, `2 h 10 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def clock(seconds: float, decimals: int = 0) -> str:
+    """Seconds as `h:mm:ss`, with so many decimals."""
+    units = 10**decimals
+    ticks = round(seconds * units)
+    whole = ticks // units
+    text = f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
+    return f"{text}.{ticks % units:0{decimals}d}" if decimals else text
+
+
+def columns(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Rows as lines of aligned columns, the first `left` of them to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def manifest_lines(manifest: Manifest, folder: str) -> list[str]:
+    """What a data set is, and what it holds split by split."""
+    m = manifest
+    hop = "" if m.hop_length == m.window_length else f" every {m.hop_length:,}"
+    lines = [
+        f"{m.dataset} in {folder}: {m.encoding}, {m.num_levels:,} levels, {m.sample_rate:,} Hz, "
+        f"windows of {m.window_length:,} samples{hop}"
+    ]
+    options = []
+    if m.trim_silence is not None:
+        options.append(f"silence trimmed {m.trim_silence:g} dB below the loudest")
+    if m.loudness is not None:
+        options.append(f"loudness {m.loudness:g} LUFS")
+    if m.split_rule != "default":
+        options.append(f"splits by {m.split_rule if len(m.split_rule) < 60 else m.split_rule[:18]}")
+    lines += [", ".join(options)] * bool(options)
+    rows: list[Sequence[str]] = [
+        ("split", "recordings", "windows", "samples", "duration", "shards", "bytes", "skipped")
+    ]
+    for name, split in m.splits.items():
+        size = sum(shard.bytes + shard.index_bytes for shard in split.shards)
+        skipped = sum(skipped.split == name for skipped in m.skipped)
+        numbers = (split.recordings, split.windows, split.samples)
+        time = clock(split.samples / m.sample_rate)
+        rows.append((name, *(f"{n:,}" for n in numbers), time, f"{len(split.shards):,}", f"{size:,}", f"{skipped:,}"))
+    return [*lines, "", *columns(rows)]
+
+
+def skipped_lines(manifest: Manifest, limit: int = 10) -> list[str]:
+    """What was left out, and why."""
+    lines = [f"skipped {one_line(s.recording)} ({s.split}): {s.reason}" for s in manifest.skipped[:limit]]
+    if len(manifest.skipped) > limit:
+        lines.append(f"skipped {len(manifest.skipped) - limit:,} more; manifest.json lists them all")
+    return lines

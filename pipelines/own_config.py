@@ -1,0 +1,123 @@
+"""The config that is written beside a data set of one's own, so that it can be trained on at once."""
+
+from __future__ import annotations
+
+import contextlib
+
+from harmonic.errors import UserError
+from harmonic.records import Manifest
+from pipelines.array_record_io import read_file, read_manifest, remove_file, write_file
+from pipelines.sources import DATA_SETS
+
+CONFIG_NAME = "config.py"
+_AT_ONCE = 16_000  # samples of 256 levels that are held at once, in all windows of a batch together
+_TO_SEE = 40_000_000  # samples of a training run: some ten minutes on two CPU cores
+_SAMPLES_PER_MINUTE = 3_900_000  # of the reduced model on two CPU cores
+_TO_VALIDATE = 2_000_000  # samples
+_POOLING = 16  # the reduced model's pooling product
+
+_TEMPLATE = '''"""A reduced HarmonicRNN on {recordings:,} recordings of one's own ({hours:.2f} hours to train on).
+
+    python -m workflows.train --config=data/{name}/config.py
+    python -m workflows.full_run --config=data/{name}/config.py        # trains, evaluates, generates, reports
+
+Two CPU cores: training takes about {minutes} minutes. Written by pipelines.prepare from the manifest. Change what you
+like: a config that was changed is left as it is when the data set is prepared again. The paper's model is
+ModelConfig() alone, its recipe in configs/beethoven.py.
+"""
+
+from harmonic.config import Config, DataConfig, EvaluateConfig, GenerateConfig, ModelConfig, TrainConfig
+
+
+def get_config() -> Config:
+    """The config."""
+    return Config(
+        name="{name}",
+        model=ModelConfig(
+            width=32, state_width=64, pool_factors=(4, 4), blocks_per_level=2, pool_groups=1, dropout=0.0
+        ),
+        data=DataConfig(
+            dataset="{name}",
+            encoding="{encoding}",
+            num_levels={levels:_},
+            window_length={window:_},{hop}
+        ),
+        train=TrainConfig(
+            steps={steps:_},
+            global_batch_size={batch},
+            segment_length={segment:_},
+            learning_rate=0.008,
+            warmup_steps=50,
+            ema_decay=0.99,
+            ema_debias=True,
+            validate_every={every},
+            checkpoint_every={every},
+            validation_recordings={validation},
+        ),
+        evaluate=EvaluateConfig(batch_size={evaluate_batch}, segment_length={at_once:_}),
+        generate=GenerateConfig(
+            num_samples=4, seconds={seconds}, num_continuations={continuations}, prompt_seconds={prompt}
+        ),
+    )
+'''
+
+
+def config_text(manifest: Manifest) -> str:
+    """The text of a data set's config.py: the same manifest always gives the same text.
+
+    Windows are the data set's own, or as long as its longest recording where that is shorter; batches, segments and
+    steps are such that training takes minutes on two CPU cores.
+    """
+    train, validation, test = (manifest.splits[split] for split in ("train", "validation", "test"))
+    longest = max(shard.longest for shard in train.shards) or manifest.window_length
+    window = min(manifest.window_length, longest)
+    at_once = max(_AT_ONCE * 256 // max(manifest.num_levels, 256) // _POOLING, 40) * _POOLING
+    batch = min(max(at_once // window, 1), 32)
+    steps = min(max(_TO_SEE // (batch * window), 400), 2_400)
+    seconds = min(4.0, max(shard.longest for shard in test.shards) / manifest.sample_rate or 4.0)
+    few = validation.samples > _TO_VALIDATE
+    hop = f"\n            hop_length={manifest.hop_length:_}," if manifest.hop_length != manifest.window_length else ""
+    return _TEMPLATE.format(
+        name=manifest.dataset,
+        recordings=train.recordings,
+        hours=train.samples / manifest.sample_rate / 3600,
+        minutes=max(1, round(steps * batch * window / _SAMPLES_PER_MINUTE)),
+        encoding=manifest.encoding,
+        levels=manifest.num_levels,
+        window=window,
+        hop=hop if window == manifest.window_length else "",
+        steps=steps,
+        batch=batch,
+        segment=at_once if window > at_once else 0,
+        every=max(steps // 6, 1),
+        validation=max(validation.recordings * _TO_VALIDATE // validation.samples, 1) if few else 0,
+        at_once=at_once,
+        evaluate_batch=min(max(_AT_ONCE * 16 * 256 // (manifest.num_levels * at_once), 1), 16),
+        seconds=max(round(seconds, 3), 0.002),
+        continuations=min(test.recordings, 2),
+        prompt=max(round(seconds / 2, 3), 0.001),
+    )
+
+
+def write_config(folder: str, manifest: Manifest) -> None:
+    """Writes the config of a data set of one's own where there is none.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    if manifest.dataset not in DATA_SETS and read_file(folder, CONFIG_NAME) is None:
+        write_file(folder, CONFIG_NAME, config_text(manifest).encode())
+
+
+def remove_config(folder: str) -> None:
+    """Removes the config of a data set that is to be prepared again, unless somebody changed it.
+
+    Raises:
+      UserError: it cannot be removed.
+    """
+    with contextlib.suppress(UserError):  # a damaged manifest, which says nothing of the config
+        manifest = read_manifest(folder)
+        text = read_file(folder, CONFIG_NAME)
+        if manifest is None or text != config_text(manifest).encode():
+            return
+        remove_file(folder, CONFIG_NAME)

@@ -1,0 +1,149 @@
+"""Beam's runners: their options checked, worker processes that keep quiet, and the user's error within theirs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+from harmonic.errors import UserError
+from pipelines.array_record_io import import_beam, is_local, one_line
+
+DEFAULT_RUNNER = "FnApiRunner"
+
+
+def beam_options(arguments: Sequence[str]) -> list[str]:
+    """Checks arguments that are meant for Beam, and adds the defaults that work without a network and in silence.
+
+    DirectRunner stands for FnApiRunner: it first tries to download another runner, and hangs where it cannot.
+
+    Raises:
+      UserError: an argument that Beam does not know, or that loses records.
+    """
+    defaults = [f"--runner={DEFAULT_RUNNER}", "--default_sdk_harness_log_level=CRITICAL"]
+    if not arguments:
+        return defaults  # without Beam's import: a second or more
+    import_beam()
+    from apache_beam.options import pipeline_options as po
+    from apache_beam.runners.runner import create_runner
+
+    class Parser(po._BeamArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UserError(f"{one_line(message)}; see --help, and Beam's own options")
+
+    parser = Parser(allow_abbrev=False, add_help=False)
+    for cls in {str(cls): cls for cls in po.PipelineOptions.__subclasses__()}.values():
+        cls._add_argparse_args(parser)
+    known, unknown = parser.parse_known_args(list(arguments))
+    if unknown:
+        raise UserError(f"unknown argument {unknown[0]}; see --help, and Beam's own options")
+    if known.direct_running_mode == "multi_threading":
+        raise UserError("--direct_running_mode=multi_threading loses records; use multi_processing")
+    workers = known.direct_num_workers
+    if workers not in (None, 1) and known.direct_running_mode != "multi_processing":
+        raise UserError(f"--direct_num_workers={workers} needs --direct_running_mode=multi_processing")
+    runner = known.runner
+    if runner is None or runner.lower() in ("directrunner", "switchingdirectrunner"):
+        runner = DEFAULT_RUNNER
+    try:
+        create_runner(runner)
+    except ImportError as error:
+        raise UserError(f"--runner={runner} cannot be imported; its extra may be missing: {one_line(error)}") from error
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"--runner={runner} is not a runner of Beam's: {one_line(error)}") from error
+    return [*defaults, *arguments, f"--runner={runner}"]
+
+
+def runner_of(options: Sequence[str]) -> str:
+    """The runner in what `beam_options` returned."""
+    return [option for option in options if option.startswith("--runner=")][-1].removeprefix("--runner=")
+
+
+def is_elsewhere(runner: str) -> bool:
+    """Whether the workers of a runner see none of this machine's files."""
+    return runner.rpartition(".")[2].lower() == "dataflowrunner"
+
+
+def check_output(folder: str, runner: str) -> None:
+    """Refuses a folder of this machine for workers that do not see it.
+
+    Raises:
+      UserError: names both.
+    """
+    if is_elsewhere(runner) and is_local(folder):
+        raise UserError(f"the workers of {runner} do not see {folder}; give --output_dir gs://bucket/folder")
+
+
+# A worker process. Beam's own command lets it log to stderr until it has read the options, which never reach it, and
+# lets it work on, for as long as its share takes, when the process that started it has been killed.
+_WORKER = """
+import logging, os, signal, sys, threading, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all: leave when the parent has
+handler = logging.StreamHandler()
+handler.setLevel(logging.CRITICAL)
+logging.getLogger().addHandler(handler)
+def leave_with_parent():
+    while os.getppid() == int(sys.argv[1]):
+        time.sleep(0.5)
+    os._exit(1)
+threading.Thread(target=leave_with_parent, daemon=True).start()
+from apache_beam.runners.worker import sdk_worker_main
+sys.stderr = open(os.devnull, "w")  # to where it prints every error that it reports anyway
+try:
+    sdk_worker_main.main([])
+except BaseException:
+    os._exit(1)
+os._exit(0)  # not through the interpreter's end, where native modules tell of objects that an error left
+"""
+
+
+def local_runner(options: Any) -> Any:
+    """The FnApiRunner, where it is wanted with worker processes, with processes that keep quiet; else None."""
+    from apache_beam.options.pipeline_options import DirectOptions, StandardOptions
+    from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+    from apache_beam.transforms.environments import SubprocessSDKEnvironment
+
+    direct = options.view_as(DirectOptions)
+    if options.view_as(StandardOptions).runner != DEFAULT_RUNNER or direct.direct_running_mode != "multi_processing":
+        return None
+    direct.direct_running_mode = "in_memory"  # that is: do not set the environment again
+    command = f"exec {shlex.join([sys.executable, '-c', _WORKER, str(os.getpid())])}"
+    return FnApiRunner(default_environment=SubprocessSDKEnvironment.from_command_string(command))
+
+
+def unwrap(error: BaseException) -> UserError | None:
+    """The UserError that a runner wrapped in its own errors, as an object or only as text; None if there is none."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, UserError):
+            return UserError(_without_step(str(seen)))
+        if isinstance(seen, ValueError) and str(seen).startswith("Pipeline has validation"):
+            return UserError(f"{one_line(seen)}; see Beam's own options")
+        found = re.search(r"^(?:harmonic\.errors\.)?UserError: (.+)$", str(seen), re.MULTILINE)
+        if found:
+            return UserError(_without_step(found[1]))
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def _without_step(message: str) -> str:
+    return re.sub(r" \[while running .*", "", message, flags=re.DOTALL)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Holds back Beam's logging, which repeats every error with its stack trace and warns of what is meant."""
+    names = ("apache_beam", "root")
+    levels = [logging.getLogger(name).level for name in names]
+    for name in names:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for name, level in zip(names, levels, strict=True):
+            logging.getLogger(name).setLevel(level)

@@ -1,0 +1,119 @@
+"""How one's own recordings are split where the flags say so: by a hash with other shares, or by lists."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+
+from harmonic.errors import UserError
+from harmonic.records import SPLITS
+from pipelines.array_record_io import one_line
+from pipelines.sources import SourceRecording, split_by_hash
+
+DEFAULT_SHARES = (0.88, 0.06, 0.06)
+DEFAULT_RULE = "default"  # the source's own splits, or by hash
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitRule:
+    """Which recordings go where; without shares or lists, as the source says.
+
+    Attributes:
+      shares: of train, validation and test; each recording's split follows from a hash of its id.
+      lists: the ids of the recordings of validation and of test; the rest is train.
+      files: the lists' paths, for messages.
+    """
+
+    shares: tuple[float, float, float] | None = None
+    lists: dict[str, frozenset[str]] | None = None
+    files: dict[str, str] | None = None
+
+    @property
+    def name(self) -> str:
+        """What the manifest says of it: equal names, equal splits of the same recordings."""
+        if self.shares is not None:
+            return f"hash {','.join(f'{share:g}' for share in self.shares)}"
+        if self.lists is not None:
+            text = json.dumps([sorted(self.lists[split]) for split in SPLITS[1:]])
+            return f"lists {hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()}"
+        return DEFAULT_RULE
+
+    def apply(self, recordings: Sequence[SourceRecording]) -> Sequence[SourceRecording]:
+        """The recordings, each with its split.
+
+        Raises:
+          UserError: a list names a recording that is not there, or the lists leave a split empty.
+        """
+        if self.shares is not None:
+            splits = split_by_hash((recording.id for recording in recordings), self.shares)
+        elif self.lists is not None:
+            splits = self._by_lists([recording.id for recording in recordings])
+        else:
+            return recordings
+        return [dataclasses.replace(recording, split=splits[recording.id]) for recording in recordings]
+
+    def _by_lists(self, ids: Sequence[str]) -> dict[str, str]:
+        assert self.lists is not None and self.files is not None
+        splits = dict.fromkeys(ids, "train")
+        for split, names in self.lists.items():
+            absent = sorted(names - splits.keys())
+            if absent:
+                raise UserError(
+                    f"{self.files[split]} names {len(absent)} recordings that are not there, {one_line(absent[0])} the "
+                    f"first; write names as the source has them, such as {one_line(min(ids))}"
+                )
+            splits.update(dict.fromkeys(names, split))
+        if "train" not in splits.values():
+            raise UserError("the validation and test lists name every recording; leave some to train on")
+        return splits
+
+
+def split_rule(shares: Sequence[float] | None, validation_list: str | None, test_list: str | None) -> SplitRule:
+    """The rule that the flags ask for.
+
+    Raises:
+      UserError: shares that do not divide the whole, one list without the other, a list that cannot be read, names
+        nothing, or shares a name with the other.
+    """
+    files = {"validation": validation_list, "test": test_list}
+    given = {split: file for split, file in files.items() if file is not None}
+    if shares is not None:
+        if given:
+            raise UserError("--splits and --validation_list or --test_list are two ways to split; give one of them")
+        numbers = tuple(shares)
+        if len(numbers) != 3 or not all(0 < share < 1 for share in numbers) or not math.isclose(sum(numbers), 1):
+            raise UserError(
+                f"--splits={','.join(f'{share:g}' for share in numbers)} must be three shares above 0 of train, "
+                "validation and test that add up to 1, such as 0.88,0.06,0.06"
+            )
+        return SplitRule(shares=(numbers[0], numbers[1], numbers[2]))
+    if not given:
+        return SplitRule()
+    if len(given) == 1:
+        missing = next(split for split in files if split not in given)
+        raise UserError(f"--{next(iter(given))}_list is given without --{missing}_list; every data set has both splits")
+    lists = {split: _read_list(f"--{split}_list", file) for split, file in given.items()}
+    both = sorted(lists["validation"] & lists["test"])
+    if both:
+        raise UserError(
+            f"{one_line(both[0])} stands in both {given['validation']} and {given['test']}; take it out of one"
+        )
+    return SplitRule(lists=lists, files=given)
+
+
+def _read_list(flag: str, path: str) -> frozenset[str]:
+    try:
+        with open(os.path.expanduser(path), encoding="utf-8-sig") as file:
+            names = frozenset(line.strip().removeprefix("./") for line in file if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(
+            f"{flag}={path} cannot be read: {reason}; give a text file of recordings, one a line"
+        ) from error
+    if not names:
+        raise UserError(f"{flag}={path} names no recordings; every split needs at least one")
+    return names

@@ -1,0 +1,209 @@
+"""Decoding, resampling, trimming, normalising and quantising, as plain functions over files."""
+
+import io
+import signal
+import struct
+
+import librosa
+import numpy as np
+import pytest
+import soundfile
+import soxr
+
+from harmonic import audio
+from pipelines import waveforms
+from pipelines.stores import Unreadable
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).normal(0, 0.1, shape).astype(np.float32)
+
+
+def encoded(samples, rate=16_000, format="WAV", subtype=None):
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format=format, subtype=subtype)
+    return file.getvalue()
+
+
+def decode_all(data):
+    rate, blocks = waveforms.decode(io.BytesIO(data))
+    return rate, np.concatenate(list(blocks))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 6])
+@pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 44_100, 96_000])
+@pytest.mark.parametrize(
+    ("format", "subtype"), [("WAV", "PCM_16"), ("WAV", "FLOAT"), ("FLAC", "PCM_24"), ("OGG", None)]
+)
+def test_streaming_equals_the_whole(monkeypatch, format, subtype, rate, channels):
+    data = encoded(noise(rate // 2, channels), rate, format, subtype)
+    whole, _ = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+    whole = soxr.resample(whole.mean(axis=1, dtype=np.float32), rate, 16_000, quality="HQ")
+    results = []
+    for block in (1 << 17, 6_000, 1_234):
+        monkeypatch.setattr(waveforms, "_BLOCK_VALUES", block)
+        source_rate, streamed = decode_all(data)
+        assert source_rate == rate and streamed.dtype == np.float32 and streamed.ndim == 1
+        results.append(streamed)
+    assert abs(len(whole) - 8_000) <= 1
+    np.testing.assert_allclose(results[0], whole, atol=1e-6)
+    for other in results[1:]:
+        np.testing.assert_array_equal(other, results[0])
+
+
+def test_samples_at_16_khz_pass_unchanged():
+    samples = np.array([0, 100, -32_768, 32_767], np.int16)
+    _, decoded = decode_all(encoded(samples))
+    np.testing.assert_array_equal(decoded, samples.astype(np.float32) / 32_768)
+
+
+@pytest.mark.parametrize("rate", [1_000, 768_000])
+def test_extreme_rates(rate):
+    _, decoded = decode_all(encoded(noise(rate), rate))
+    assert len(decoded) == 16_000
+
+
+def test_mp3():
+    rate, decoded = decode_all(encoded(noise(44_100), 44_100, "MP3"))
+    assert rate == 44_100 and len(decoded) == 16_000
+
+
+WHOLE = encoded(noise(20_000))
+OGG = encoded(noise(60_000), format="OGG")
+
+
+def with_data_size(data, size):
+    at = data.index(b"data")
+    return data[: at + 4] + struct.pack("<I", size) + data[at + 8 :]
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "is empty"),
+        (b"text, and no audio at all" * 10, "is not audio that can be read: Format not recognised."),
+        (WHOLE[:30], "is not audio that can be read"),
+        (WHOLE[:-1], r"is cut short: 40043 bytes, and its header claims 40044"),
+        (WHOLE[: len(WHOLE) // 2], "is cut short"),
+        (encoded(noise(20_000), format="RF64")[:-2], "is cut short"),
+        (encoded(noise(20_000), format="AIFF")[:-2], "is cut short"),
+        (encoded(noise(20_000), format="W64")[:-2], "is cut short"),
+        (encoded(noise(20_000), format="AU")[:-2], "is cut short"),
+        (encoded(noise(20_000), format="FLAC")[:-5], "cannot be decoded after"),
+        (OGG[:-10], "is cut short: its last page is not whole"),
+        (encoded(noise(60_000), format="OGG", subtype="OPUS")[:-900], "is cut short: its last page is not whole"),
+        (OGG[: OGG.rindex(b"OggS")], "is cut short: its last page does not end the stream"),
+        (encoded(noise(60_000), format="MP3")[:8_000], "is cut short: .* samples of 60000"),
+        (encoded(noise(0)), "holds no samples"),
+        (encoded(noise(10), 768_000), "holds no samples"),  # resampled, a fifth of a sample
+        (encoded(noise(100), 999), "has a sample rate of 999 Hz, not between 1000 and 768000"),
+        (encoded(noise(100), 768_001), "has a sample rate of 768001 Hz"),
+        (
+            encoded(np.array([0, np.nan], "f4"), subtype="FLOAT"),
+            r"holds samples that are not finite \(NaN or infinity\)",
+        ),
+        (encoded(np.array([0, np.inf], "f4"), subtype="FLOAT"), "not finite"),
+        (encoded(np.array([0, 1e300]), subtype="DOUBLE"), "not finite"),
+        (encoded(np.array([-3e38, 3e38], "f4"), subtype="FLOAT"), "too large"),
+    ],
+    ids=lambda value: "" if isinstance(value, bytes) else value[:30],  # libsndfile writes the date into some
+)
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_recordings_that_cannot_be_read(data, reason):
+    with pytest.raises(Unreadable, match=reason) as error, waveforms.measure(io.BytesIO(data)):
+        pass
+    assert "\n" not in str(error.value) and "0x" not in str(error.value)  # no addresses: reasons stand in the manifest
+
+
+@pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFFFFF])
+def test_a_wav_that_was_written_to_a_pipe_is_whole(size):
+    """Such a header claims the largest size, or none: no sign of a file cut short."""
+    _, decoded = decode_all(with_data_size(WHOLE, size))
+    assert len(decoded) == 20_000
+
+
+@pytest.mark.parametrize("at", [1, 12, 16])
+def test_an_interrupt_in_the_middle_of_a_read_is_not_lost(at):
+    class Interrupted(io.BytesIO):
+        reads = 0
+
+        def readinto(self, buffer):  # libsndfile's callback, which drops what is raised in it
+            self.reads += 1
+            if self.reads == at:
+                signal.raise_signal(signal.SIGINT)
+            return super().readinto(buffer)
+
+    file = Interrupted()
+    soundfile.write(file, np.zeros(1_000_000), 16_000, format="WAV")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(waveforms.decode(file)[1])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert file.reads >= at
+
+
+def test_a_header_of_endless_chunks_is_given_up():
+    data = b"RIFF" + struct.pack("<I", 1 << 20) + b"WAVE" + b"junk\0\0\0\0" * 100_000
+    with pytest.raises(Unreadable):
+        decode_all(data)
+
+
+@pytest.mark.parametrize(("encoding", "num_levels"), [("mu_law", 256), ("linear", 256), ("linear", 65_536)])
+def test_pieces_equal_the_whole_quantised(monkeypatch, encoding, num_levels):
+    samples = noise(10_000) + 0.3
+    for block in (1 << 17, 999):
+        monkeypatch.setattr(waveforms, "_BLOCK_VALUES", block)
+        with waveforms.measure(io.BytesIO(encoded(samples, subtype="FLOAT"))) as waveform:
+            assert (waveform.length, waveform.source_rate) == (10_000, 16_000)
+            assert (waveform.low, waveform.high) == (samples.min(), samples.max())
+            pieces = list(waveform.pieces(encoding, num_levels, 3_000))
+        assert [offset for offset, _ in pieces] == [0, 3_000, 6_000, 9_000]
+        assert [tokens.shape for _, tokens in pieces] == [(3_000, 1)] * 3 + [(1_000, 1)]
+        tokens = np.concatenate([tokens for _, tokens in pieces])[:, 0]
+        np.testing.assert_array_equal(tokens, audio.encode(samples, encoding, num_levels=num_levels))
+
+
+def test_trimmed_samples_are_quantised_by_what_is_left():
+    """The cut ends hold the extremes' opposite: a click that is too short to be loud."""
+    samples = np.concatenate([np.zeros(20_000), noise(30_000), np.zeros(9_000)]).astype(np.float32)
+    samples[10] = -0.6  # below the level of its frame
+    kept, (start, stop) = librosa.effects.trim(samples, top_db=6)
+    with waveforms.measure(io.BytesIO(encoded(samples, subtype="FLOAT")), trim_silence=6) as waveform:
+        assert waveform.cut == (start, len(samples) - stop) and waveform.length == len(kept) < 32_000
+        assert (waveform.low, waveform.high) == (kept.min(), kept.max()) and waveform.low > -0.6
+        assert waveform.level == pytest.approx(20 * np.log10(np.sqrt(np.mean(kept.astype("f8") ** 2))), abs=0.006)
+        tokens = np.concatenate([piece for _, piece in waveform.pieces("mu_law", 256, 4_096)])[:, 0]
+    np.testing.assert_array_equal(tokens, audio.encode(kept, "mu_law"))
+
+
+@pytest.mark.parametrize("block", [1 << 17, 1_234])
+def test_loudness_has_its_effect_on_the_tokens(monkeypatch, block):
+    """By their own extremes, a recording and a quieter copy of it have the same tokens: one scale tells them apart."""
+    monkeypatch.setattr(waveforms, "_BLOCK_VALUES", block)
+    samples = noise(40_000)
+    levels_of = {}
+    for scale in (1.0, 0.01):
+        for loudness in (None, -20, -30):
+            data = encoded((samples * np.float32(scale)).astype(np.float32), subtype="FLOAT")
+            with waveforms.measure(io.BytesIO(data), loudness=loudness) as waveform:
+                tokens = np.concatenate([piece for _, piece in waveform.pieces("linear", 65_536, 7_000)])[:, 0]
+                decoded = audio.decode(tokens, "linear", num_levels=65_536)
+                levels_of[scale, loudness] = np.sqrt(np.mean(decoded.astype(np.float64) ** 2))
+                if loudness is not None:
+                    assert (waveform.low, waveform.high) == (-1 / waveform.gain, 1 / waveform.gain)
+                    restored = decoded * waveform.high
+                    np.testing.assert_allclose(restored, samples * scale, atol=scale * 1e-3)
+    for loudness in (None, -20, -30):
+        assert levels_of[1.0, loudness] == pytest.approx(levels_of[0.01, loudness], rel=2e-3)
+    assert levels_of[1.0, -20] / levels_of[1.0, -30] == pytest.approx(10**0.5, rel=2e-3)
+
+
+def test_nothing_is_clipped_for_loudness():
+    samples = np.zeros(16_000, np.float32)
+    samples[::4_000] = [0.1, -0.5, 0.2, 0.1]
+    with waveforms.measure(io.BytesIO(encoded(samples, subtype="FLOAT")), loudness=0) as waveform:
+        assert waveform.gain == 2.0
+        tokens = np.concatenate([piece for _, piece in waveform.pieces("mu_law", 256, 7_000)])[:, 0]
+    assert (tokens[4_000], tokens[1]) == (0, 127) and tokens.max() < 255
