@@ -154,7 +154,8 @@ def generate(
         steps = min(chunk, length - first)
         on = functools.partial(run, weights, first=np.int32(first), steps=np.int32(steps))
         with ThreadPoolExecutor(len(parts)) as pool:
-            states, tokens, nats = zip(*pool.map(on, states, keys), strict=True)
+            made = list(pool.map(on, states, keys))
+        states, tokens, nats = ([part[i] for part in made] for i in range(3))
         yield Chunk(np.concatenate(tokens, axis=1)[:steps].swapaxes(0, 1), np.concatenate(nats))
 
 

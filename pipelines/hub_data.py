@@ -36,6 +36,7 @@ SPLIT_NAMES = {
     "test": {"test", "testing", "eval", "evaluation"},
 }
 _THREADS = 8  # that look at files for the list
+_BUFFER_BYTES = 1 << 20  # of a column that pyarrow reads ahead; a page, which can be a row group, it holds whole
 _METADATA = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".gz", ".7z", ".rar")
 _FILE_COLUMNS = ("file_name", "audio_file_name")
@@ -132,7 +133,9 @@ class HubData(Source):
             raise file.refusal(error) from error
         reader = file.open()
         try:
-            parquet = pyarrow.parquet.ParquetFile(reader, pre_buffer=False, page_checksum_verification=True)
+            parquet = pyarrow.parquet.ParquetFile(
+                reader, pre_buffer=False, buffer_size=_BUFFER_BYTES, page_checksum_verification=True
+            )
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{file.name} cannot be read as Parquet: {one_line(error)}") from error
         return file, reader, parquet

@@ -40,14 +40,14 @@ class State(NamedTuple):
     Attributes:
       position: int32, samples since the last pooling boundary: 0 before and after a segment.
       last: [batch, channels] int32, the newest token.
-      hidden: complex [blocks, batch, state_width / 2].
+      hidden: complex [blocks, batch, state_width / 2]; unstacked, a list of the blocks' own.
       pending: for each pooling, [batch, f - 1, width]: outputs of the up-pool that are due at positions 0 .. f - 2.
       collected: for each pooling, [batch, f - 1, width]: inputs of the down-pool seen so far; zeros at a boundary.
     """
 
     position: jax.Array
     last: jax.Array
-    hidden: Pair
+    hidden: Any
     pending: tuple[jax.Array, ...]
     collected: tuple[jax.Array, ...]
 
