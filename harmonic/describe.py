@@ -254,12 +254,13 @@ def communication(config: Config) -> dict[str, Any]:
     """Bytes that one device sends in a training step on the config's mesh, by formula; counted as
     `program.Collective.sent_bytes` does. None of them depends on the length of a segment.
 
-    What is sent forward is sent again where the backward pass makes activations anew: in each block, and with several
-    segments in each segment. Only between segments does a state have to be told to all shards.
+    What is sent forward is sent again where the backward pass makes activations anew: in each block of the outer
+    levels, and with several segments in each segment. Only between segments does a state have to be told to all shards.
 
     Returns:
-      {"layer" (each CG-LRU), "token_edge", "pool_edge_<i>" (from the outermost): each {"forward", "backward"} for one
-      segment; "layers", "edges" and "segment": sums of these over the model, for one segment; "gradients": the sum of
+      {"layer" (each CG-LRU), "inner_layer" (each of the levels whose activations are kept), "token_edge",
+      "pool_edge_<i>" (from the outermost): each {"forward", "backward"} for one segment; "layers", "edges" and
+      "segment": sums of these over the model, for one segment; "gradients": the sum of
       the loss and the weights' gradients, and the number of samples, once a step; "step": all of a step}.
     """
     model, shards, segments = config.model, config.mesh.seq, config.segments[0]
@@ -279,17 +280,20 @@ def communication(config: Config) -> dict[str, Any]:
     gathered = (shards - 1) * 2 * state  # of a map: its product, and the state it leaves
     last = broadcast(state) if several else 0
     layer = {"forward": gathered, "backward": gathered * (2 + several) + last}
+    inner_layer = {"forward": gathered, "backward": gathered * (1 + several) + last}
     edges = {"token_edge": edge(rows * _NUMBER, carry=False)}
     for level, factor in enumerate(model.pool_factors):
         edges[f"pool_edge_{level}"] = edge((factor - 1) * rows * model.width * _NUMBER, carry=True)
 
     harmonic = HarmonicRNN(model, config.data.num_levels)
     weights = count(jax.eval_shape(harmonic.init, jax.random.key(0)))
-    in_layers = harmonic.num_blocks * sum(layer.values())
+    kept = harmonic.blocks_from_stride(KEPT_FROM_STRIDE)
+    in_layers = (harmonic.num_blocks - kept) * sum(layer.values()) + kept * sum(inner_layer.values())
     in_edges = sum(sum(e.values()) for e in edges.values())
     gradients = broadcast((weights + 1) * _NUMBER, shards * config.mesh.data) + broadcast(_NUMBER, config.mesh.data)
     return {
         "layer": layer,
+        "inner_layer": inner_layer,
         **edges,
         "layers": in_layers,
         "edges": in_edges,

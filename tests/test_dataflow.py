@@ -34,7 +34,7 @@ DATAFLOW = [
     "--project=fake",
     "--region=europe-west4",
     "--temp_location=gs://fake/tmp",  # without one, credentials are looked for, for half a minute
-    "--sdk_container_image=europe-west4-docker.pkg.dev/fake/x/worker:1",
+    "--sdk_container_image=registry.example/fake/worker:1",
     "--max_num_workers=20",
     "--dry_run=True",
 ]
@@ -80,7 +80,7 @@ def test_the_job_s_graph(hub):
     # Beam's own container of the worker image, and the steps that build.py draws; the audio is in none of it.
     (environment,) = graph.components.environments.values()
     payload = api.DockerPayload.FromString(environment.payload)
-    assert payload.container_image == "europe-west4-docker.pkg.dev/fake/x/worker:1"
+    assert payload.container_image == "registry.example/fake/worker:1"
     names = {transform.unique_name for transform in graph.components.transforms.values()}
     assert {"Recordings", "KeyByShard", "Group", "WriteShard", "Gather", "Publish"} <= names
     sent = graph.SerializeToString()

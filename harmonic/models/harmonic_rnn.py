@@ -190,6 +190,10 @@ class HarmonicRNN:
             collected=edges,
         )
 
+    def blocks_from_stride(self, stride: int) -> int:
+        """How many blocks run at one step in `stride` samples or more."""
+        return sum(stack.blocks for stack in self._stacks.values() if stack.stride >= stride)
+
     def state_bytes(self, batch: int = 1) -> int:
         """Bytes of a state: constant in the length of the past."""
         state = jax.eval_shape(lambda: self.init_state(batch))
