@@ -12,7 +12,6 @@ import jax
 from harmonic import program
 from harmonic.config import Config, ModelConfig
 from harmonic.models import HarmonicRNN
-from harmonic.models.harmonic_rnn import KEPT_FROM_STRIDE
 
 _NUMBER = 4  # bytes of a float32 and of a token that is sent
 _STREAMS = (1, 8, 32, 1_024)  # generated side by side
@@ -80,14 +79,11 @@ def describe(
     }
 
 
-def _rates(model: ModelConfig) -> tuple[float, float, list[float]]:
-    """Blocks a sample, over all levels at their own rates; those of them whose activations are kept for the backward
-    pass; and the rate of each level that is pooled, from 1 down."""
-    strides = [math.prod(model.pool_factors[:level]) for level in range(len(model.level_blocks))]
+def _rates(model: ModelConfig) -> tuple[float, list[float]]:
+    """Blocks a sample, over all levels at their own rates; and the rate of each level that is pooled, from 1 down."""
+    rates = [1 / math.prod(model.pool_factors[:level]) for level in range(len(model.level_blocks))]
     passes = [2] * len(model.pool_factors) + [1]  # down and up, but for the innermost
-    blocks = [p * n / stride for p, n, stride in zip(passes, model.level_blocks, strides, strict=True)]
-    kept = sum(n for n, stride in zip(blocks, strides, strict=True) if stride >= KEPT_FROM_STRIDE)
-    return sum(blocks), kept, [1 / stride for stride in strides[:-1]]
+    return sum(p * n * rate for p, n, rate in zip(passes, model.level_blocks, rates, strict=True)), rates[:-1]
 
 
 def operations(config: Config) -> dict[str, dict[str, int]]:
@@ -98,13 +94,13 @@ def operations(config: Config) -> dict[str, dict[str, int]]:
 
     Returns:
       {"forward" (up to the logits), "training", "generation"}, each {"dense" (with gates and head), "pooling",
-      "recurrence", "elementwise", "total"}. In training, blocks of the outer levels but for their last layer are
-      made again for the backward pass, and with several segments everything once more; the backward pass itself takes
-      twice a forward's. The update, once a step, is not counted.
+      "recurrence", "elementwise", "total"}. In training, blocks but for their last layer are made again for the
+      backward pass, and with several segments everything once more; the backward pass itself takes twice a forward's.
+      The update, once a step, is not counted.
     """
     model, levels, several = config.model, config.data.num_levels, config.segments[0] > 1
     width, state, channels = model.width, model.state_width, model.state_width // 2
-    blocks, kept, pools = _rates(model)
+    blocks, pools = _rates(model)
     # Temporal: in, the two gates, out, gate, last. MLP: up, gate, last.
     temporal = width * state + 2 * state * channels // model.gate_blocks + state * width + 2 * width * width
     in_blocks = {
@@ -126,13 +122,13 @@ def operations(config: Config) -> dict[str, dict[str, int]]:
         counts = {k: runs * in_blocks.get(k, 0) + runs_outside * outside.get(k, 0) + more.get(k, 0) for k in kinds}
         return {**{kind: round(n) for kind, n in counts.items()}, "total": round(sum(counts.values()))}
 
-    forwards = 2 + several - kept / blocks
-    last = (blocks - kept) * 2 * 2 * width * width
+    forwards = 2 + several
+    last = blocks * 2 * 2 * width * width
     masks = 10 * 2 * width * blocks * (model.dropout > 0)  # a hash and a choice for every feature of two branches
     # A softmax takes 3 for a level; its gradient, as a draw by the cumulative sum, 3 more.
     return {
         "forward": total(1, 1),
-        "training": total(forwards + 2, 3 + several, dense=-last, elementwise=forwards * masks + 6 * levels),
+        "training": total(forwards + 2, forwards + 1, dense=-last, elementwise=forwards * masks + 6 * levels),
         "generation": total(1, 1, elementwise=6 * levels),
     }
 
@@ -143,7 +139,7 @@ def weight_bytes(config: Config) -> dict[str, int]:
     Every step reads the outermost level's weights, and an inner level's when it runs; all streams share them.
     """
     params = jax.eval_shape(HarmonicRNN(config.model, config.data.num_levels).init, jax.random.key(0))
-    blocks, _, pools = _rates(config.model)
+    blocks, pools = _rates(config.model)
     read = blocks * count(params["blocks"]) / params["blocks"]["temporal"]["norm"]["scale"].shape[0]
     read += count(params["head"])
     for level, (rate, factor) in enumerate(zip(pools, config.model.pool_factors, strict=True)):
@@ -192,12 +188,11 @@ def memory(config: Config) -> dict[str, int]:
     (segments, length), width, train = config.segments, config.model.width, config.train
     rows = train.global_batch_size // config.mesh.data
     at_once = rows // train.accumulate * length // config.mesh.seq
-    # Kept is each block's input, of some blocks all that they compute, and of each level the skip; at the outermost
-    # rate the most is alive.
-    blocks, whole, pools = _rates(config.model)
-    block = 16.4 * config.model.state_width / 2 + 18 * width
-    most = max(block + 5 * bool(pools) * width, 4 * config.data.num_levels + 6 * width)
-    alive = (blocks + sum(pools)) * width + whole * block + most
+    # Kept of each block is its input, and of each level the skip; at the outermost rate the most is alive.
+    blocks, pools = _rates(config.model)
+    kept = blocks + sum(pools)
+    block = 16.4 * config.model.state_width / 2 + (18 + 5 * bool(config.model.pool_factors)) * width
+    alive = kept * width + max(block, 4 * config.data.num_levels + 6 * width)
     parts = {
         "weights": 2 * weights,
         "optimizer": 2 * weights,
@@ -254,13 +249,12 @@ def communication(config: Config) -> dict[str, Any]:
     """Bytes that one device sends in a training step on the config's mesh, by formula; counted as
     `program.Collective.sent_bytes` does. None of them depends on the length of a segment.
 
-    What is sent forward is sent again where the backward pass makes activations anew: in each block of the outer
-    levels, and with several segments in each segment. Only between segments does a state have to be told to all shards.
+    What is sent forward is sent again where the backward pass makes activations anew: in each block, and with several
+    segments in each segment. Only between segments does a state have to be told to all shards.
 
     Returns:
-      {"layer" (each CG-LRU), "inner_layer" (each of the levels whose activations are kept), "token_edge",
-      "pool_edge_<i>" (from the outermost): each {"forward", "backward"} for one segment; "layers", "edges" and
-      "segment": sums of these over the model, for one segment; "gradients": the sum of
+      {"layer" (each CG-LRU), "token_edge", "pool_edge_<i>" (from the outermost): each {"forward", "backward"} for one
+      segment; "layers", "edges" and "segment": sums of these over the model, for one segment; "gradients": the sum of
       the loss and the weights' gradients, and the number of samples, once a step; "step": all of a step}.
     """
     model, shards, segments = config.model, config.mesh.seq, config.segments[0]
@@ -280,20 +274,17 @@ def communication(config: Config) -> dict[str, Any]:
     gathered = (shards - 1) * 2 * state  # of a map: its product, and the state it leaves
     last = broadcast(state) if several else 0
     layer = {"forward": gathered, "backward": gathered * (2 + several) + last}
-    inner_layer = {"forward": gathered, "backward": gathered * (1 + several) + last}
     edges = {"token_edge": edge(rows * _NUMBER, carry=False)}
     for level, factor in enumerate(model.pool_factors):
         edges[f"pool_edge_{level}"] = edge((factor - 1) * rows * model.width * _NUMBER, carry=True)
 
     harmonic = HarmonicRNN(model, config.data.num_levels)
     weights = count(jax.eval_shape(harmonic.init, jax.random.key(0)))
-    kept = harmonic.blocks_from_stride(KEPT_FROM_STRIDE)
-    in_layers = (harmonic.num_blocks - kept) * sum(layer.values()) + kept * sum(inner_layer.values())
+    in_layers = harmonic.num_blocks * sum(layer.values())
     in_edges = sum(sum(e.values()) for e in edges.values())
     gradients = broadcast((weights + 1) * _NUMBER, shards * config.mesh.data) + broadcast(_NUMBER, config.mesh.data)
     return {
         "layer": layer,
-        "inner_layer": inner_layer,
         **edges,
         "layers": in_layers,
         "edges": in_edges,

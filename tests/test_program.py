@@ -287,8 +287,7 @@ def test_what_is_foretold_is_what_the_papers_model_sends():
     ours = paper(8, 5_120)
     foretold = communication(ours)
     assert sent(compiled_gradient(ours), ours) == {k: foretold[k] for k in SUMS}
-    # Of the 36 blocks, the 16 of the two outer levels are made again.
-    assert sum(foretold["layer"].values()) * 16 + sum(foretold["inner_layer"].values()) * 20 == foretold["layers"]
+    assert sum(foretold["layer"].values()) * 36 == foretold["layers"]
 
 
 def small(*assignments):

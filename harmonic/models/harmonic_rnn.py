@@ -29,8 +29,6 @@ from harmonic.models.layers import Dropout
 Params = dict[str, Any]
 Inputs = dict[str, jax.Array]
 
-KEPT_FROM_STRIDE = 8  # samples to a step, from where on a level's activations are kept rather than made again
-
 __all__ = ["Dropout", "HarmonicRNN", "Params", "State", "Weights"]
 
 
@@ -190,10 +188,6 @@ class HarmonicRNN:
             collected=edges,
         )
 
-    def blocks_from_stride(self, stride: int) -> int:
-        """How many blocks run at one step in `stride` samples or more."""
-        return sum(stack.blocks for stack in self._stacks.values() if stack.stride >= stride)
-
     def state_bytes(self, batch: int = 1) -> int:
         """Bytes of a state: constant in the length of the past."""
         state = jax.eval_shape(lambda: self.init_state(batch))
@@ -264,6 +258,8 @@ class HarmonicRNN:
     def _run(self, name: str, x: jax.Array, stacks: dict[str, Any], rng: Dropout | None, axis: str | None):
         stack = self._stacks[name]
 
+        # Only the input of each block is kept for the backward pass.
+        @jax.checkpoint
         def body(x, scanned):
             (block, h0), number = scanned
             per_chunk = self.multiple // stack.stride
@@ -271,8 +267,6 @@ class HarmonicRNN:
                 block, x, h0, rate=self.config.dropout, rng=rng, number=number, per_chunk=per_chunk, axis=axis
             )
 
-        # Of each block only its input is kept for the backward pass, but where few samples make few activations.
-        body = body if stack.stride >= KEPT_FROM_STRIDE else jax.checkpoint(body)
         return jax.lax.scan(body, x, (stacks[name], stack.first + jnp.arange(stack.blocks)))
 
     def _embed(self, weights: Weights, tokens: jax.Array, rng: Dropout | None) -> jax.Array:
