@@ -191,8 +191,8 @@ def memory(config: Config) -> dict[str, int]:
     # Kept of each block is its input, and of each level the skip; at the outermost rate the most is alive.
     blocks, pools = _rates(config.model)
     kept = blocks + sum(pools)
-    block = 16.4 * config.model.state_width / 2 + (18 + 5 * bool(config.model.pool_factors)) * width
-    alive = kept * width + max(block, 4 * config.data.num_levels + 6 * width)
+    block = 7.5 * config.model.state_width / 2 + 17.5 * width
+    alive = kept * width + max(block, 2.2 * config.data.num_levels + 6 * width)
     parts = {
         "weights": 2 * weights,
         "optimizer": 2 * weights,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from harmonic.kernels import chunked, linear_scan
+from harmonic.kernels import chunked, gated_gelu, linear_scan, machine
 
 TOLERANCE = {np.float32: 2e-5, np.float64: 1e-12}
 
@@ -38,7 +38,7 @@ def assert_close(actual, expected, tolerance):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("time", [1, 7, 97, 160])
-@pytest.mark.parametrize("implementation", ["auto", "chunked", "associative"])
+@pytest.mark.parametrize("implementation", ["auto", "native", "chunked", "associative"])
 def test_scan_equals_reference(rng, x64, implementation, time, dtype):
     inputs = make_inputs(rng, 2, time, 3, dtype)
     run = functools.partial(linear_scan, implementation=implementation)
@@ -117,3 +117,49 @@ def test_shapes_that_do_not_fit_are_refused(rng):
         linear_scan(x, tuple(v[:, :4] for v in a), h0)
     with pytest.raises(ValueError, match="implementation"):
         linear_scan(x, a, h0, implementation="fast")
+
+
+def outputs_and_gradients(f, args):
+    return jax.jit(lambda args: (f(*args), jax.grad(lambda a: weigh(f(*a)).astype("float32"))(args)))(args)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("float64", 1e-12), ("bfloat16", 3e-2)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 7, 16), (3, 50, 37)], ids=str)
+def test_gated_gelu_is_what_it_says(rng, x64, shape, dtype, tolerance):
+    x, gate = (jnp.asarray(4 * rng.standard_normal(shape), dtype) for _ in range(2))
+    wide = jnp.promote_types(dtype, "float32")
+    x_bias, gate_bias = (jnp.asarray(rng.standard_normal(shape[-1:]), wide) for _ in range(2))
+
+    def obvious(x, x_bias, gate, gate_bias):
+        x, gate = x.astype(wide) + x_bias, gate.astype(wide) + gate_bias
+        return (x * jax.nn.gelu(gate)).astype(dtype)
+
+    args = x, x_bias, gate, gate_bias
+    actual, expected = outputs_and_gradients(gated_gelu, args), outputs_and_gradients(obvious, args)
+    to_float = functools.partial(jax.tree.map, lambda v: np.asarray(v, np.float64))
+    assert_close(to_float(actual), to_float(expected), tolerance)
+
+
+@pytest.mark.skipif(not machine.available(), reason="this machine's XLA does not take machine code of ours")
+@pytest.mark.parametrize("threads", [2, 3, 7])
+def test_threads_change_no_bit(rng, monkeypatch, threads):
+    inputs = make_inputs(rng, 1, 1_100, 130, np.float32)  # enough to be shared out, and channels that no vector divides
+
+    def run():
+        return outputs_and_gradients(functools.partial(linear_scan, implementation="native"), inputs)
+
+    monkeypatch.setattr(machine, "threads", lambda: 1)
+    alone = run()
+    monkeypatch.setattr(machine, "threads", lambda: threads)
+    jax.tree.map(np.testing.assert_array_equal, run(), alone)
+
+
+@pytest.mark.skipif(not machine.available(), reason="this machine's XLA does not take machine code of ours")
+def test_what_is_not_a_number_comes_out_as_such(rng):
+    x, a, h0 = make_inputs(rng, 1, 40, 20, np.float32)
+    bad = (x[0].at[0, 20, 7].set(np.nan), x[1])
+    (re, _), _ = linear_scan(bad, a, h0, implementation="native")
+    assert np.isfinite(re[0, :20]).all() and np.isnan(re[0, 20:, 7]).all()
+    assert np.isfinite(np.delete(np.asarray(re[0]), 7, axis=1)).all()
+    x_bias = jnp.zeros(20)
+    assert np.isnan(gated_gelu(x[0], x_bias, bad[0], x_bias)[0, 20, 7])

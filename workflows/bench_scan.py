@@ -35,7 +35,7 @@ def suite(shapes: Sequence[tuple[int, int, int]] = SHAPES) -> Iterator[dict[str,
             for name in ("auto", "associative")
         }
         yield {
-            "implementation": kernels._pick("auto", length, None),
+            "implementation": kernels.pick("auto", length, None),
             "shape": list(shape),
             "dtype": x[0].dtype.name,
             "samples_per_second": batch * length / seconds["auto"],

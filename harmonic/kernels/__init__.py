@@ -1,23 +1,25 @@
-"""Linear scans: two public doors.
+"""Linear scans and gates: the public doors.
 
-    h, h_last = linear_scan(x, a, h0)                    # h_t = a_t h_{t-1} + x_t, complex, over time
-    h, h_last = cg_lru(z, gates, decay, theta, h0)       # the same, with a_t and x_t made from the gates
+    h, h_last = linear_scan(x, a, h0)               # h_t = a_t h_{t-1} + x_t, complex, over time
+    h, h_last = cg_lru(u, bias, decay, theta, h0)   # the same, with a_t and x_t made from the gates in u + bias
+    y = gated_gelu(x, x_bias, gate, gate_bias)      # (x + x_bias) gelu(gate + gate_bias)
 
-Complex arrays are pairs of real ones (`Pair`).
+Complex arrays are pairs of real ones (`Pair`), or real and imaginary parts side by side.
 """
 
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
-from harmonic.kernels import chunked, reference
-from harmonic.kernels.dense import platform
+from harmonic.kernels import chunked, machine, reference
+from harmonic.kernels.dense import add_bias, platform
 from harmonic.kernels.gates import recurrence
 from harmonic.kernels.reference import Pair, add, multiply
 
-IMPLEMENTATIONS = ("auto", "reference", "associative", "chunked", "pallas_gpu", "pallas_tpu")
+IMPLEMENTATIONS = ("auto", "reference", "associative", "chunked", "native", "pallas_gpu", "pallas_tpu")
 
-__all__ = ["IMPLEMENTATIONS", "Pair", "cg_lru", "linear_scan"]
+__all__ = ["IMPLEMENTATIONS", "Pair", "cg_lru", "gated_gelu", "linear_scan", "pick"]
 
 
 def linear_scan(
@@ -40,7 +42,7 @@ def linear_scan(
     """
     shape = x[0].shape
     _check({v.shape for v in (*x, *a)} == {shape}, h0, shape, f"x, a {shape}, {a[0].shape}")
-    implementation = _pick(implementation, shape[1], axis)
+    implementation = pick(implementation, shape[1], axis)
     if implementation.startswith("pallas"):
         from harmonic.kernels import pallas_scan  # not for those who run on CPU: Pallas is slow to load
 
@@ -51,49 +53,74 @@ def linear_scan(
 
 
 def cg_lru(
-    z: Pair,
-    gates: Pair,
+    u: jax.Array,
+    bias: jax.Array,
     decay: jax.Array,
     theta: jax.Array,
     h0: Pair,
     *,
     axis: str | None = None,
     implementation: str = "auto",
-) -> tuple[Pair, Pair]:
+) -> tuple[jax.Array, Pair]:
     """The recurrence of the complex-gated linear recurrent unit (De et al. 2402.19427; Botev et al. 2404.07839).
 
     i = sigmoid(p_i), r = sigmoid(p_r); log|a| = -decay r, arg a = theta r
     h_t = a_t h_{t-1} + sqrt(1 - |a_t|^2) i_t z_t
 
-    On GPU and TPU one kernel computes the gates and the scan, and one their gradients (`pallas_scan` counts the passes
-    over memory); elsewhere the gates are computed beside `linear_scan`.
+    One kernel computes the gates and the scan, and one their gradients: in machine code on CPU (`native`), in Pallas on
+    GPU and TPU (`pallas_scan` counts the passes over memory). Elsewhere the gates are computed beside `linear_scan`.
 
     Args:
-      z: [batch, time, channels], complex.
-      gates: (p_i, p_r), [batch, time, channels] each, before their sigmoids.
+      u: [batch, time, 4 channels], side by side Re z, Im z, p_i, p_r, less `bias`; the gates p before their sigmoids.
+      bias: [4 channels], added to u.
       decay, theta: [channels]; decay >= 0, theta in radians.
       h0: [batch, channels], the state before the first step, in the precision that the state is kept in.
       axis, implementation: as for `linear_scan`.
 
     Returns:
-      (h [batch, time, channels] of z's type, h_last [batch, channels] of h0's type). The derivative of the square root
-      is held to at most 200: at |a| = 1 the true one is infinite.
+      (h [batch, time, 2 channels] of u's type, Re and Im side by side; h_last [batch, channels] of h0's type). The
+      derivative of the square root is held to at most 200: at |a| = 1 the true one is infinite.
 
     Raises:
       ValueError: shapes that do not fit, or an unknown implementation.
     """
-    inputs, parameters, shape = (*z, *gates), (decay, theta), z[0].shape
-    fit = {v.shape for v in inputs} == {shape} and {v.shape for v in parameters} == {shape[-1:]}
-    _check(fit, h0, shape, f"z, gates, decay {shape}, {gates[0].shape}, {decay.shape}")
-    implementation = _pick(implementation, shape[1], axis)
+    channels = decay.shape[0]
+    shape = (*u.shape[:2], channels)
+    fit = u.shape[2:] == bias.shape == (4 * channels,) and theta.shape == decay.shape
+    _check(fit, h0, shape, f"u, bias, decay, theta {u.shape}, {bias.shape}, {decay.shape}, {theta.shape}")
+    implementation = pick(implementation, shape[1], axis)
+    wide, dtype = h0[0].dtype, u.dtype
+    if implementation == "native":
+        from harmonic.kernels import native
+
+        h, h_last = native.cg_lru(*_cast((u, bias, decay, theta), wide), h0, axis)
+        return h.astype(dtype), h_last
+    pieces = jnp.split(add_bias(u, bias), 4, axis=-1)
+    z, gates = (pieces[0], pieces[1]), (pieces[2], pieces[3])
     if implementation.startswith("pallas"):
         from harmonic.kernels import pallas_cg_lru, pallas_scan
 
-        return pallas_scan.scan(pallas_cg_lru.coefficients, _tile(implementation), axis, inputs, parameters, h0)
-    wide, dtype = h0[0].dtype, z[0].dtype
-    a, x = recurrence(_cast(z, wide), _cast(gates, wide), *_cast(parameters, wide))
-    h, h_last = _plain(x, a, h0, axis, implementation)
-    return _cast(h, dtype), h_last
+        coefficients = pallas_cg_lru.coefficients
+        out, h_last = pallas_scan.scan(coefficients, _tile(implementation), axis, (*z, *gates), (decay, theta), h0)
+    else:
+        a, x = recurrence(_cast(z, wide), _cast(gates, wide), *_cast((decay, theta), wide))
+        out, h_last = _plain(x, a, h0, axis, implementation)
+    return jnp.concatenate(out, axis=-1).astype(dtype), h_last
+
+
+def gated_gelu(x: jax.Array, x_bias: jax.Array, gate: jax.Array, gate_bias: jax.Array) -> jax.Array:
+    """(x + x_bias) gelu(gate + gate_bias), gelu by its tanh form (Hendrycks and Gimpel 1606.08415, section 2).
+
+    Args:
+      x, gate: [batch, time, width].
+      x_bias, gate_bias: [width].
+    """
+    if platform() == "cpu" and machine.available():
+        from harmonic.kernels import native
+
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        return native.gated_gelu(*_cast((x, x_bias, gate, gate_bias), wide)).astype(x.dtype)
+    return add_bias(x, x_bias) * jax.nn.gelu(add_bias(gate, gate_bias))
 
 
 def _check(fit: bool, h0: Pair, shape: tuple[int, ...], what: str) -> None:
@@ -101,7 +128,8 @@ def _check(fit: bool, h0: Pair, shape: tuple[int, ...], what: str) -> None:
         raise ValueError(f"{what} and h0 {h0[0].shape} do not fit")
 
 
-def _pick(implementation: str, time: int, axis: str | None) -> str:
+def pick(implementation: str, time: int, axis: str | None) -> str:
+    """The implementation that `implementation`, perhaps `auto`, stands for."""
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}")
     if implementation in ("reference", "associative") and axis is not None:
@@ -110,7 +138,8 @@ def _pick(implementation: str, time: int, axis: str | None) -> str:
         return implementation
     if time == 1 and axis is None:
         return "step"
-    return {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}.get(platform(), "chunked")
+    here = "native" if machine.available() else "chunked"
+    return {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}.get(platform(), here)
 
 
 def _tile(implementation: str):
@@ -121,6 +150,10 @@ def _tile(implementation: str):
 
 
 def _plain(x: Pair, a: Pair, h0: Pair, axis: str | None, implementation: str) -> tuple[Pair, Pair]:
+    if implementation == "native":
+        from harmonic.kernels import native
+
+        return native.linear_scan(x, a, h0, axis)
     if implementation == "chunked":
         return chunked.linear_scan(x, a, h0, axis)
     if implementation == "reference":

@@ -4,13 +4,10 @@ Parameters may be wider than what they are applied to (float32 beside bfloat16):
 and the parameters' derivatives that of the parameters.
 
 On CPU, XLA's sums over rows or columns take up to ten times as long as a matrix product with ones. The derivatives are
-written out here so that every such sum is one product, and so that pieces of one wide layer are put together by one
-concatenation.
+written out here so that every such sum is one product.
 """
 
 from __future__ import annotations
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -73,37 +70,36 @@ def _wide(x: jax.Array) -> jax.Array:
 normalise.defvjp(_normalise_forward, _normalise_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def dense(x: jax.Array, kernel: jax.Array, bias: jax.Array, sizes: tuple[int, ...] = ()) -> tuple[jax.Array, ...]:
-    """x @ kernel + bias, cut along the last axis.
-
-    Args:
-      x: [batch, time, inputs].
-      kernel: [inputs, outputs].
-      bias: [outputs].
-      sizes: of the pieces; () for one piece.
-
-    Returns:
-      A tuple of [batch, time, size].
-    """
-    return _dense_forward(x, kernel, bias, sizes)[0]
+@jax.custom_vjp
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x @ kernel: x [batch, time, inputs], kernel [inputs, outputs]."""
+    return x @ kernel.astype(x.dtype)
 
 
-def _dense_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array, sizes: tuple[int, ...]):
-    y = x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
-    pieces = jnp.split(y, [sum(sizes[:i]) for i in range(1, len(sizes))], axis=-1) if len(sizes) > 1 else [y]
-    return tuple(pieces), (x, kernel)
-
-
-def _dense_backward(sizes: tuple[int, ...], residuals, pieces: tuple[jax.Array, ...]):
+def _product_backward(residuals, dy: jax.Array):
     x, kernel = residuals
-    dy = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=-1)
     rows, drows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    # In this order, or the gradient, often the wider one, is transposed in memory for it.
     dkernel = jnp.matmul(rows.T, drows, preferred_element_type=kernel.dtype)
-    return (drows @ kernel.T.astype(x.dtype)).reshape(x.shape), dkernel, column_sum(drows, kernel.dtype)
+    return (drows @ kernel.T.astype(x.dtype)).reshape(x.shape), dkernel
 
 
-dense.defvjp(_dense_forward, _dense_backward)
+product.defvjp(lambda x, kernel: (product(x, kernel), (x, kernel)), _product_backward)
+
+
+@jax.custom_vjp
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """x + bias: x [batch, time, width], bias [width]."""
+    return x + bias.astype(x.dtype)
+
+
+# The bias stands for its type alone.
+add_bias.defvjp(lambda x, bias: (add_bias(x, bias), bias), lambda bias, dy: (dy, column_sum(dy, bias.dtype)))
+
+
+def dense(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """x @ kernel + bias: x [batch, time, inputs], kernel [inputs, outputs], bias [outputs]."""
+    return add_bias(product(x, kernel), bias)
 
 
 @jax.custom_vjp

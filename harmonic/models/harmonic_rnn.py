@@ -275,7 +275,7 @@ class HarmonicRNN:
 
     def _logits(self, weights: Weights, x: jax.Array) -> jax.Array:
         x = x.astype(weights.head.kernel.dtype)
-        return layers.dense(layers.normalise(x), *weights.head)[0][:, :, None]
+        return layers.dense(layers.normalise(x), *weights.head)[:, :, None]
 
     def step(self, params: Params | Weights, inputs: Inputs, state: State) -> tuple[jax.Array, State]:
         """Logits of the next sample.

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from harmonic.config import ModelConfig
-from harmonic.kernels import Pair, cg_lru
-from harmonic.kernels.dense import EPSILON, channelwise, dense, normalise
+from harmonic.kernels import Pair, cg_lru, gated_gelu
+from harmonic.kernels.dense import EPSILON, channelwise, dense, normalise, product
 from harmonic.kernels.gates import recurrence
 from harmonic.kernels.reference import add, multiply
 
@@ -153,7 +153,7 @@ class BlockWeights(NamedTuple):
       entry: LN(x) to [Re z | Im z | p_i | p_r | gate], the CG-LRU's input, the gates before their sigmoids, and the
         temporal block's gate before its gelu.
       decay, theta: [channels], 8 softplus(Lambda) and the angle.
-      read_re, read_im: the CG-LRU's output from Re h (with the bias) and from Im h.
+      read: the CG-LRU's output from [Re h | Im h].
       last: the temporal block's W_last.
       mlp: LN(x) to [up | gate].
       mlp_last: the MLP block's W_last.
@@ -162,8 +162,7 @@ class BlockWeights(NamedTuple):
     entry: Dense
     decay: jax.Array
     theta: jax.Array
-    read_re: Dense
-    read_im: jax.Array
+    read: Dense
     last: Dense
     mlp: Dense
     mlp_last: Dense
@@ -182,13 +181,11 @@ class Block(nnx.Module):
         unit = temporal.recurrence
         entry, output = _linear(unit.input), _linear(unit.output)
         gates = [Dense(*gate.after(*entry)) for gate in (unit.input_gate, unit.recurrence_gate)]
-        channels = unit.angle.get_value().shape[0]
         return BlockWeights(
             entry=_behind_norm(temporal.norm, entry, *gates, _linear(temporal.gate)),
             decay=_GATE_EXPONENT * nnx.softplus(unit.log_decay.get_value()),
             theta=unit.angle.get_value(),
-            read_re=Dense(output.kernel[:channels], output.bias),
-            read_im=output.kernel[channels:],
+            read=output,
             last=_linear(temporal.last),
             mlp=_behind_norm(mlp.norm, _linear(mlp.up), _linear(mlp.gate)),
             mlp_last=_linear(mlp.last),
@@ -207,14 +204,16 @@ def run_block(
     axis: str | None = None,
 ) -> tuple[jax.Array, Pair]:
     """x [batch, time, width], h0 [batch, channels] -> (x, h_last); `rate`, `rng`, `number`, `per_chunk` of dropout."""
-    width, channels = x.shape[-1], weights.theta.shape[0]
-    z_re, z_im, p_i, p_r, gate = dense(normalise(x), *weights.entry, (channels,) * 4 + (width,))
-    h, h_last = cg_lru((z_re, z_im), (p_i, p_r), weights.decay, weights.theta, h0, axis=axis)
-    (y,) = dense(h[0], *weights.read_re)
-    (branch,) = dense((y + h[1] @ weights.read_im.astype(x.dtype)) * nnx.gelu(gate), *weights.last)
+    width, inner = x.shape[-1], 4 * weights.theta.shape[0]
+    # Two products instead of one that is cut in two: what a kernel of ours reads must lie by itself.
+    n, (kernel, bias) = normalise(x), weights.entry
+    h, h_last = cg_lru(product(n, kernel[:, :inner]), bias[:inner], weights.decay, weights.theta, h0, axis=axis)
+    y, gate = product(h, weights.read.kernel), product(n, kernel[:, inner:])
+    branch = dense(gated_gelu(y, weights.read.bias, gate, bias[inner:]), *weights.last)
     x = x + dropout(branch, rate, rng, 2 * number, per_chunk)
-    up, gate = dense(normalise(x), *weights.mlp, (2 * width,) * 2)
-    (branch,) = dense(up * nnx.gelu(gate), *weights.mlp_last)
+    n, (kernel, bias) = normalise(x), weights.mlp
+    up, gate = product(n, kernel[:, : 2 * width]), product(n, kernel[:, 2 * width :])
+    branch = dense(gated_gelu(up, bias[: 2 * width], gate, bias[2 * width :]), *weights.mlp_last)
     return x + dropout(branch, rate, rng, 2 * number + 1, per_chunk), h_last
 
 
@@ -224,7 +223,7 @@ def step_block(weights: BlockWeights, x: jax.Array, h: Pair) -> tuple[jax.Array,
     z_re, z_im, p_i, p_r, gate = _split(step_dense(step_normalise(x), weights.entry), (channels,) * 4)
     a, driven = recurrence((z_re, z_im), (p_i, p_r), weights.decay, weights.theta)
     h = add(multiply(a, h), driven)
-    y = step_dense(h[0], weights.read_re) + h[1] @ weights.read_im
+    y = step_dense(jnp.concatenate(h, axis=-1), weights.read)
     x = x + step_dense(y * nnx.gelu(gate), weights.last)
     up, gate = _split(step_dense(step_normalise(x), weights.mlp), (2 * x.shape[-1],))
     return x + step_dense(up * nnx.gelu(gate), weights.mlp_last), h
@@ -280,7 +279,7 @@ def pool_down(weights: Dense, x: jax.Array, factor: int) -> jax.Array:
     if kernel.shape == (factor, width):
         first = jnp.zeros_like(kernel).at[0].set(bias)
         return channelwise(x.reshape(batch, -1, factor, width), kernel, first).sum(2)
-    return dense(x.reshape(batch, -1, factor * width), kernel, bias)[0]
+    return dense(x.reshape(batch, -1, factor * width), kernel, bias)
 
 
 def pool_up(weights: Dense, v: jax.Array, factor: int) -> jax.Array:
@@ -295,7 +294,7 @@ def pool_up(weights: Dense, v: jax.Array, factor: int) -> jax.Array:
         spread = jnp.broadcast_to(v[:, :, None], (*v.shape[:2], factor, width))
         y = channelwise(spread, kernel, jnp.broadcast_to(bias, kernel.shape))
     else:
-        (y,) = dense(v, kernel, bias)
+        y = dense(v, kernel, bias)
     return y.reshape(v.shape[0], -1, width)
 
 

@@ -9,13 +9,21 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from harmonic import kernels
-from harmonic.kernels import cg_lru, linear_scan, pallas_cg_lru, pallas_gpu, pallas_scan, pallas_tpu
+from harmonic.kernels import linear_scan, pallas_cg_lru, pallas_gpu, pallas_scan, pallas_tpu
 
 # Relative to each array's largest value. Inputs of bfloat16 also round h, from which the gradients are computed.
 TOLERANCE = {"float32": 2e-5, "float64": 1e-12, "bfloat16": 2e-2}
 PLATFORMS = ["pallas_gpu", "pallas_tpu"]
 # (batch, time, channels): every kind of length, of width and of batch; on GPU 331 is five chunks, the last one shorter.
 SHAPES = [(1, 1, 8), (2, 7, 128), (9, 97, 8), (1, 331, 128), (2, 331, 130), (3, 128, 130)]
+
+
+def cg_lru(z, p, decay, theta, h0, **options):
+    """The public one, on pairs; half of u is its bias."""
+    u = jnp.concatenate([*z, *p], axis=-1)
+    bias = (u[0, 0] / 2).astype(decay.dtype)
+    h, h_last = kernels.cg_lru(u - bias.astype(u.dtype), bias, decay, theta, h0, **options)
+    return tuple(jnp.split(h, 2, axis=-1)), h_last
 
 
 def make_inputs(rng, batch, time, channels, dtype="float32"):
@@ -71,16 +79,16 @@ def assert_close(actual, expected, tolerance):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("platform", PLATFORMS)
-def test_cg_lru_equals_reference(rng, platform, shape):
+@pytest.mark.parametrize("implementation", ["native", "chunked", *PLATFORMS])
+def test_cg_lru_equals_reference(rng, implementation, shape):
     args = make_inputs(rng, *shape)
-    actual = outputs_and_gradients(functools.partial(cg_lru, implementation=platform), args)
+    actual = outputs_and_gradients(functools.partial(cg_lru, implementation=implementation), args)
     expected = outputs_and_gradients(obvious, args)
     assert_close(actual, expected, TOLERANCE["float32"])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
-@pytest.mark.parametrize("implementation", ["auto", *PLATFORMS])
+@pytest.mark.parametrize("implementation", ["native", "chunked", *PLATFORMS])
 def test_cg_lru_in_other_precisions(rng, x64, implementation, dtype):
     args = make_inputs(rng, 2, 197, 8, dtype)
     actual = outputs_and_gradients(functools.partial(cg_lru, implementation=implementation), args)
@@ -100,7 +108,7 @@ def test_linear_scan_equals_reference(rng, platform, shape, dtype):
     assert_close(actual, expected, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("implementation", ["auto", *PLATFORMS])
+@pytest.mark.parametrize("implementation", ["native", "chunked", *PLATFORMS])
 def test_sharded_cg_lru_equals_reference(rng, implementation):
     """As training does it: each shard's own loss, its gradient inside, and the sums over shards outside."""
     args = make_inputs(rng, 2, 8 * 160, 8)  # on GPU two chunks a shard

@@ -1,0 +1,422 @@
+"""The model's elementwise work as machine code for CPUs: every input is read once, every output written once.
+
+Time runs in the outer loop and channels, sixteen in a vector, in the inner one; the state stays in the nearest cache.
+float32 takes polynomials (Cephes' exponential, `gates.sincos`), float64 the C library's functions.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from llvmlite import ir
+
+from harmonic.kernels import machine
+from harmonic.kernels.context_parallel import exchange_carries
+from harmonic.kernels.dense import column_sum
+from harmonic.kernels.machine import Code, Value
+from harmonic.kernels.reference import Pair, add, multiply, multiply_conjugate
+
+_SQRT_GRADIENT = 200.0  # as `gates`
+_PARTIAL = 256  # steps whose parameter gradients are added up one by one; XLA adds these sums
+_Pair = tuple[Value, Value]
+
+
+def _expm1(code: Code, y: Value) -> Value:
+    """exp(y) - 1 for y <= 0, without cancellation near 0."""
+    if code.dtype == "float64":
+        return code.call("expm1", y)
+    y = code.where(y < -87.0, code.constant(-87.0), y)
+    n = code.call("llvm.floor", y * 1.4426950408889634 + 0.5)
+    r = y - n * 0.693359375 - n * -2.12194440e-4
+    p = r * 1.9875691500e-4 + 1.3981999507e-3
+    for coefficient in (8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = p * r + coefficient
+    p = p * r * r + r
+    power = code.power_of_two(code.integers(n))
+    return power * p + (power - 1.0)
+
+
+def _sigmoid(code: Code, v: Value) -> Value:
+    e = _expm1(code, -code.call("llvm.fabs", v)) + 1.0  # exp(-|v|) never overflows
+    return code.where(v < 0.0, e, code.constant(1.0)) / (1.0 + e)
+
+
+def _sincos(code: Code, x: Value) -> _Pair:
+    if code.dtype == "float64":
+        return code.call("sin", x), code.call("cos", x)
+    quadrant = code.call("llvm.floor", x * 0.6366197723675814 + 0.5)
+    y = x - quadrant * 1.5703125 - quadrant * 4.837512969970703125e-4 - quadrant * 7.549789948768648e-8
+    y2 = y * y
+    sine = y + y * y2 * (-1.6666654611e-1 + y2 * (8.3321608736e-3 + y2 * -1.9515295891e-4))
+    cosine = (
+        1.0 - 0.5 * y2 + y2 * y2 * (4.166664568298827e-2 + y2 * (-1.388731625493765e-3 + y2 * 2.443315711809948e-5))
+    )
+    number = code.integers(quadrant)
+    swapped = code.bit(number, 1)
+    sine, cosine = code.where(swapped, cosine, sine), code.where(swapped, sine, cosine)
+    after = code.builder.add(number, code.int32(1))
+    return code.where(code.bit(number, 2), -sine, sine), code.where(code.bit(after, 2), -cosine, cosine)
+
+
+class _Gates:
+    """What `gates.recurrence` computes, and its derivative."""
+
+    def __init__(self, code: Code, z: _Pair, p_i: Value, p_r: Value, decay: Value, theta: Value):
+        self.code, self.z, self.decay, self.theta = code, z, decay, theta
+        self.i, self.r = _sigmoid(code, p_i), _sigmoid(code, p_r)
+        m = _expm1(code, -decay * self.r)
+        self.magnitude, self.root = 1.0 + m, code.call("llvm.sqrt", -m * (2.0 + m))
+        sine, cosine = _sincos(code, theta * self.r)
+        self.a = self.magnitude * cosine, self.magnitude * sine
+        self.scale = self.root * self.i
+        self.x = self.scale * z[0], self.scale * z[1]
+
+    def gradients(self, dx: _Pair, da: _Pair) -> tuple[Value, ...]:
+        """Of (z re, z im, p_i, p_r, decay, theta)."""
+        i, r, a, code = self.i, self.r, self.a, self.code
+        dscale = dx[0] * self.z[0] + dx[1] * self.z[1]
+        slope = 1.0 / self.root
+        slope = code.where(slope > 2 * _SQRT_GRADIENT, code.constant(2 * _SQRT_GRADIENT), slope)
+        dlog = da[0] * a[0] + da[1] * a[1] - dscale * i * slope * self.magnitude * self.magnitude
+        dangle = da[1] * a[0] - da[0] * a[1]
+        dp_i = dscale * self.scale * (1.0 - i)
+        dp_r = (self.theta * dangle - self.decay * dlog) * r * (1.0 - r)
+        return self.scale * dx[0], self.scale * dx[1], dp_i, dp_r, -r * dlog, r * dangle
+
+
+def _load(code: Code, buffers: Sequence[int], row: ir.Value, c: ir.Value) -> _Pair:
+    return code.load(buffers[0], row, c), code.load(buffers[1], row, c)
+
+
+def _load_parts(code: Code, buffer: int, row: ir.Value, c: ir.Value) -> _Pair:
+    return code.load(buffer, row, c, parts=2, part=0), code.load(buffer, row, c, parts=2, part=1)
+
+
+def _store(code: Code, pair: _Pair, buffers: Sequence[int], row: ir.Value, c: ir.Value) -> None:
+    for value, buffer in zip(pair, buffers, strict=True):
+        code.store(value, buffer, row, c)
+
+
+def _copy(code: Code, sources: Sequence[int], targets: Sequence[int], row: ir.Value) -> None:
+    code.each_channel(lambda c: _store(code, _load(code, sources, row, c), targets, row, c))
+
+
+def scan_forward(code: Code) -> None:
+    """(x re, x im, a re, a im, h0 re, h0 im) -> (h re, h im, last re, last im)."""
+    x, a, h0, h, last = (0, 1), (2, 3), (4, 5), (6, 7), (8, 9)
+    with code.loop(0, code.batch) as b:
+        _copy(code, h0, last, b)
+        with code.loop(0, code.time) as t:
+            row = code.row(b, t)
+
+            def step(c: ir.Value) -> None:
+                now = add(multiply(_load(code, a, row, c), _load(code, last, b, c)), _load(code, x, row, c))
+                _store(code, now, h, row, c)
+                _store(code, now, last, b, c)
+
+            code.each_channel(step)
+
+
+def scan_summary(code: Code) -> None:
+    """(x re, x im, a re, a im, h0 re, h0 im) -> (product of a re, im, last state from zero re, im); h0 is not read."""
+
+    def read(row: ir.Value, c: ir.Value) -> tuple[_Pair, _Pair]:
+        return _load(code, (2, 3), row, c), _load(code, (0, 1), row, c)
+
+    _summarise(code, read, (6, 7), (8, 9))
+
+
+def scan_summary_back(code: Code) -> None:
+    """(a re, a im, dh re, dh im, h0 re, h0 im) -> the gradient of h0 where h_last has none, re and im."""
+
+    def read(row: ir.Value, c: ir.Value) -> tuple[_Pair, _Pair]:
+        return _load(code, (0, 1), row, c), _load(code, (2, 3), row, c)
+
+    _summarise_back(code, read, (6, 7))
+
+
+def _summarise(
+    code: Code,
+    read: Callable[[ir.Value, ir.Value], tuple[_Pair, _Pair]],
+    product: Sequence[int],
+    last: Sequence[int],
+) -> None:
+    with code.loop(0, code.batch) as b:
+        _fill(code, 1.0, product, b)
+        _fill(code, 0.0, last, b)
+        with code.loop(0, code.time) as t:
+            row = code.row(b, t)
+
+            def step(c: ir.Value) -> None:
+                a, x = read(row, c)
+                _store(code, multiply(a, _load(code, product, b, c)), product, b, c)
+                _store(code, add(multiply(a, _load(code, last, b, c)), x), last, b, c)
+
+            code.each_channel(step)
+
+
+def _summarise_back(code: Code, read: Callable[[ir.Value, ir.Value], tuple[_Pair, _Pair]], q: Sequence[int]) -> None:
+    with code.loop(0, code.batch) as b:
+        _fill(code, 0.0, q, b)
+        with code.loop(1, code.builder.add(code.time, code.int64(1))) as i:
+            row = code.row(b, code.builder.sub(code.time, i))
+
+            def step(c: ir.Value) -> None:
+                a, dh = read(row, c)
+                _store(code, multiply_conjugate(a, add(dh, _load(code, q, b, c))), q, b, c)
+
+            code.each_channel(step)
+
+
+def _fill(code: Code, real: float, targets: Sequence[int], row: ir.Value) -> None:
+    code.each_channel(lambda c: _store(code, (code.constant(real), code.constant(0.0)), targets, row, c))
+
+
+def scan_backward(code: Code) -> None:
+    """(a re, a im, h re, h im, dh re, dh im, dlast re, dlast im, h0 re, h0 im) -> (dx re, dx im, da re, da im, dh0 re,
+    dh0 im)."""
+    a, h, dh, dlast, h0, dx, da, q = (0, 1), (2, 3), (4, 5), (6, 7), (8, 9), (10, 11), (12, 13), (14, 15)
+    with code.loop(0, code.batch) as b:
+        _copy(code, dlast, q, b)
+
+        def step(row: ir.Value, before: Sequence[int], before_row: ir.Value) -> None:
+            def channel(c: ir.Value) -> None:
+                s = add(_load(code, dh, row, c), _load(code, q, b, c))
+                _store(code, s, dx, row, c)
+                _store(code, multiply_conjugate(_load(code, before, before_row, c), s), da, row, c)
+                _store(code, multiply_conjugate(_load(code, a, row, c), s), q, b, c)
+
+            code.each_channel(channel)
+
+        with code.loop(1, code.time) as i:
+            t = code.builder.sub(code.time, i)
+            step(code.row(b, t), h, code.row(b, code.builder.sub(t, code.int64(1))))
+        step(code.row(b, code.int64(0)), h0, b)
+
+
+def lru_forward(code: Code) -> None:
+    """(u, bias, decay, theta, h0 re, h0 im) -> (h, last re, last im)."""
+    u, parameters, h0, h, last = 0, (1, 2, 3), (4, 5), 6, (7, 8)
+    with code.loop(0, code.batch) as b:
+        _copy(code, h0, last, b)
+        with code.loop(0, code.time) as t:
+            row = code.row(b, t)
+
+            def step(c: ir.Value) -> None:
+                gates = _read_gates(code, u, parameters, row, c)
+                now = add(multiply(gates.a, _load(code, last, b, c)), gates.x)
+                for part in (0, 1):
+                    code.store(now[part], h, row, c, parts=2, part=part)
+                _store(code, now, last, b, c)
+
+            code.each_channel(step)
+
+
+def lru_summary(code: Code) -> None:
+    """(u, bias, decay, theta, h0 re, h0 im) -> as `scan_summary`."""
+
+    def read(row: ir.Value, c: ir.Value) -> tuple[_Pair, _Pair]:
+        gates = _read_gates(code, 0, (1, 2, 3), row, c)
+        return gates.a, gates.x
+
+    _summarise(code, read, (6, 7), (8, 9))
+
+
+def lru_summary_back(code: Code) -> None:
+    """(u, dh, bias, decay, theta, h0 re, h0 im) -> as `scan_summary_back`."""
+
+    def read(row: ir.Value, c: ir.Value) -> tuple[_Pair, _Pair]:
+        return _read_gates(code, 0, (2, 3, 4), row, c).a, _load_parts(code, 1, row, c)
+
+    _summarise_back(code, read, (7, 8))
+
+
+def lru_backward(code: Code) -> None:
+    """(u, h, dh, bias, decay, theta, dlast re, dlast im, h0 re, h0 im) -> (du, sums of the gradients of decay and theta
+    over `_PARTIAL` steps each, dh0 re, dh0 im)."""
+    u, h, dh, parameters, dlast, h0, du, sums, q = 0, 1, 2, (3, 4, 5), (6, 7), (8, 9), 10, (11, 12), (13, 14)
+    builder = code.builder
+    pieces = builder.sdiv(builder.add(code.time, code.int64(_PARTIAL - 1)), code.int64(_PARTIAL))
+    with code.loop(0, code.batch) as b:
+        _copy(code, dlast, q, b)
+
+        def step(row: ir.Value, sum_row: ir.Value, before: Callable[[ir.Value], _Pair]) -> None:
+            def channel(c: ir.Value) -> None:
+                gates = _read_gates(code, u, parameters, row, c)
+                s = add(_load_parts(code, dh, row, c), _load(code, q, b, c))
+                *gradients, ddecay, dtheta = gates.gradients(s, multiply_conjugate(before(c), s))
+                for part, gradient in enumerate(gradients):
+                    code.store(gradient, du, row, c, parts=4, part=part)
+                _store(code, add(_load(code, sums, sum_row, c), (ddecay, dtheta)), sums, sum_row, c)
+                _store(code, multiply_conjugate(gates.a, s), q, b, c)
+
+            code.each_channel(channel)
+
+        with code.loop(0, pieces) as k:
+            piece = builder.sub(pieces, builder.add(k, code.int64(1)))
+            sum_row = builder.add(builder.mul(b, pieces), piece)
+            _fill(code, 0.0, sums, sum_row)
+            start = builder.mul(piece, code.int64(_PARTIAL))
+            end = builder.add(start, code.int64(_PARTIAL))
+            end = builder.select(builder.icmp_signed("<", end, code.time), end, code.time)
+            # The recording's first step is left for below.
+            first = builder.select(builder.icmp_signed("==", piece, code.int64(0)), code.int64(1), start)
+            with code.loop(first, end) as i:
+                t = builder.sub(builder.add(first, end), builder.add(i, code.int64(1)))
+                row = code.row(b, t)
+                earlier = builder.sub(row, code.int64(1))
+                step(row, sum_row, lambda c: _load_parts(code, h, earlier, c))
+        step(code.row(b, code.int64(0)), builder.mul(b, pieces), lambda c: _load(code, h0, b, c))
+
+
+def _read_gates(code: Code, u: int, parameters: tuple[int, int, int], row: ir.Value, c: ir.Value) -> _Gates:
+    bias, decay, theta = parameters
+    z_re, z_im, p_i, p_r = (code.load(u, row, c, parts=4, part=part) + code.load(bias, part, c) for part in range(4))
+    return _Gates(code, (z_re, z_im), p_i, p_r, code.load(decay, 0, c), code.load(theta, 0, c))
+
+
+def gated_forward(code: Code) -> None:
+    """(x, gate, biases of both) -> x gelu(gate)."""
+
+    def channel(row: ir.Value, c: ir.Value) -> None:
+        x, gate = (code.load(i, row, c) + code.load(2, i, c) for i in (0, 1))
+        code.store(x * gate * _gelu_slope(code, gate)[0], 3, row, c)
+
+    _each_row(code, channel)
+
+
+def gated_backward(code: Code) -> None:
+    """(x, gate, gradient, biases of both) -> (dx, dgate)."""
+
+    def channel(row: ir.Value, c: ir.Value) -> None:
+        x, gate = (code.load(i, row, c) + code.load(3, i, c) for i in (0, 1))
+        dy = code.load(2, row, c)
+        share, dshare = _gelu_slope(code, gate)
+        code.store(dy * gate * share, 4, row, c)
+        code.store(dy * x * (share + gate * dshare), 5, row, c)
+
+    _each_row(code, channel)
+
+
+def _each_row(code: Code, channel: Callable[[ir.Value, ir.Value], None]) -> None:
+    with code.loop(0, code.builder.mul(code.batch, code.time)) as row:
+        code.each_channel(lambda c: channel(row, c))
+
+
+def _gelu_slope(code: Code, x: Value) -> _Pair:
+    """gelu(x) / x and its derivative: (1 + tanh(s)) / 2 = sigmoid(2 s), s = sqrt(2 / pi) (x + 0.044715 x^3)."""
+    twice = 1.5957691216057308
+    share = _sigmoid(code, twice * x * (1.0 + 0.044715 * x * x))
+    return share, share * (1.0 - share) * twice * (1.0 + 3 * 0.044715 * x * x)
+
+
+def _call(write: Callable[[Code], None], results: Sequence[tuple[int, ...]], *arguments: jax.Array) -> list[jax.Array]:
+    """Arrays of these shapes; the last argument is [.., channels]."""
+    dtype = arguments[-1].dtype
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape in results]
+    return list(jax.ffi.ffi_call(machine.register(write, dtype.name, machine.threads()), shapes)(*arguments))
+
+
+def _alone(axis: str | None) -> bool:
+    return axis is None or jax.lax.axis_size(axis) == 1
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def linear_scan(x: Pair, a: Pair, h0: Pair, axis: str | None = None) -> tuple[Pair, Pair]:
+    """As `chunked.linear_scan`; all of one type, float32 or float64."""
+    return _scan_forward(x, a, h0, axis)[0]
+
+
+def _scan_forward(x: Pair, a: Pair, h0: Pair, axis: str | None):
+    shape, state = x[0].shape, h0[0].shape
+    product, h0, h_last = _enter(scan_summary, (*x, *a), h0, axis)
+    out = _call(scan_forward, (shape, shape, state, state), *x, *a, *h0)
+    h = tuple(out[:2])
+    return (h, tuple(out[2:]) if h_last is None else h_last), (a, h, h0, product)
+
+
+def _scan_backward(axis: str | None, residuals, cotangents):
+    (a, h, h0, product), (dh, dlast) = residuals, cotangents
+    dlast, dh0 = _enter_back(scan_summary_back, (*a, *dh), product, dlast, axis)
+    out = _call(scan_backward, (a[0].shape,) * 4 + (h0[0].shape,) * 2, *a, *h, *dh, *dlast, *h0)
+    return tuple(out[:2]), tuple(out[2:4]), tuple(out[4:]) if dh0 is None else dh0
+
+
+linear_scan.defvjp(_scan_forward, _scan_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def cg_lru(
+    u: jax.Array, bias: jax.Array, decay: jax.Array, theta: jax.Array, h0: Pair, axis: str | None = None
+) -> tuple[jax.Array, Pair]:
+    """As `kernels.cg_lru`; all of one type, float32 or float64."""
+    return _lru_forward(u, bias, decay, theta, h0, axis)[0]
+
+
+def _lru_forward(u: jax.Array, bias: jax.Array, decay: jax.Array, theta: jax.Array, h0: Pair, axis: str | None):
+    state = h0[0].shape
+    product, h0, h_last = _enter(lru_summary, (u, bias, decay, theta), h0, axis)
+    h, *last = _call(lru_forward, ((*u.shape[:2], 2 * state[1]), state, state), u, bias, decay, theta, *h0)
+    return (h, tuple(last) if h_last is None else h_last), (u, h, bias, decay, theta, h0, product)
+
+
+def _lru_backward(axis: str | None, residuals, cotangents):
+    (u, h, bias, decay, theta, h0, product), (dh, dlast) = residuals, cotangents
+    dlast, dh0 = _enter_back(lru_summary_back, (u, dh, bias, decay, theta), product, dlast, axis)
+    state = h0[0].shape
+    sums = (state[0], -(-u.shape[1] // _PARTIAL), state[1])
+    du, *partial, dh0_re, dh0_im = _call(
+        lru_backward, (u.shape, sums, sums, state, state), u, h, dh, bias, decay, theta, *dlast, *h0
+    )
+    ddecay, dtheta = (column_sum(v) for v in partial)
+    return du, column_sum(du), ddecay, dtheta, (dh0_re, dh0_im) if dh0 is None else dh0
+
+
+cg_lru.defvjp(_lru_forward, _lru_backward)
+
+
+def _enter(summary: Callable[[Code], None], arguments: Sequence[jax.Array], h0: Pair, axis: str | None):
+    """(product of this shard's a, state that enters it, state that leaves the whole sequence).
+
+    Alone, it is h0 that enters, and the others need not be found: they are None.
+    """
+    if _alone(axis):
+        return None, h0, None
+    out = _call(summary, (h0[0].shape,) * 4, *arguments, *h0)
+    product = (out[0], out[1])
+    return product, *exchange_carries(product, (out[2], out[3]), h0, axis, reverse=False)
+
+
+def _enter_back(summary: Callable[[Code], None], arguments: Sequence[jax.Array], product, dlast: Pair, axis):
+    """(gradient that enters this shard at its end, that of h0, which only the first shard is given)."""
+    if _alone(axis):
+        return dlast, None
+    # h_last is the last shard's, told to all: so its cotangents add up.
+    dlast = jax.lax.psum(dlast, axis)
+    q = _call(summary, (dlast[0].shape,) * 2, *arguments, *dlast)
+    entering, dh0 = exchange_carries((product[0], -product[1]), (q[0], q[1]), dlast, axis, reverse=True)
+    first = jax.lax.axis_index(axis) == 0
+    return entering, jax.tree.map(lambda v: jnp.where(first, v, jnp.zeros_like(v)), dh0)
+
+
+@jax.custom_vjp
+def gated_gelu(x: jax.Array, x_bias: jax.Array, gate: jax.Array, gate_bias: jax.Array) -> jax.Array:
+    """As `kernels.gated_gelu`; all of one type, float32 or float64."""
+    return _gated_forward(x, x_bias, gate, gate_bias)[0]
+
+
+def _gated_forward(x: jax.Array, x_bias: jax.Array, gate: jax.Array, gate_bias: jax.Array):
+    biases = jnp.stack([x_bias, gate_bias])
+    return _call(gated_forward, (x.shape,), x, gate, biases)[0], (x, gate, biases)
+
+
+def _gated_backward(residuals, dy: jax.Array):
+    x, gate, biases = residuals
+    dx, dgate = _call(gated_backward, (x.shape, x.shape), x, gate, dy, biases)
+    return dx, column_sum(dx), dgate, column_sum(dgate)
+
+
+gated_gelu.defvjp(_gated_forward, _gated_backward)
