@@ -112,6 +112,7 @@ def generate(
     batch: int,
     length: int,
     seed: int = 0,
+    first_stream: int = 0,
     temperature: float = 1.0,
     top_p: float = 1.0,
     prompt: np.ndarray | None = None,
@@ -123,6 +124,7 @@ def generate(
       model, params: what is sampled.
       length: samples to generate, after the prompt.
       seed: of the whole call; stream i of any batch is the same.
+      first_stream: the number of the first of these streams, so that many can be made batch by batch.
       temperature: logits are divided by it.
       top_p: sample from the smallest set of tokens that holds this probability.
       prompt: tokens [time, channels] that all streams continue, or [batch, time, channels].
@@ -147,7 +149,7 @@ def generate(
         prompt = np.broadcast_to(prompt, (batch, *prompt.shape[-2:]))
         states = [prefill(model, params, prompt[rows], state) for rows, state in zip(parts, states, strict=True)]
     key = jax.random.key(seed)
-    keys = [jax.vmap(functools.partial(jax.random.fold_in, key))(rows) for rows in parts]
+    keys = [jax.vmap(functools.partial(jax.random.fold_in, key))(first_stream + rows) for rows in parts]
     weights = _unstack_function(model)(params)
     run = _chunk_function(model, min(chunk, length), float(temperature), float(top_p), platform())
     for first in range(0, length, chunk):

@@ -1,0 +1,71 @@
+"""One-second clips and their labels, read from a prepared data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from harmonic import audio
+from harmonic.data import Dataset, Split
+from harmonic.errors import UserError
+from harmonic.perceptual.mel import one_second
+
+
+def read_clips(split: Split, first: int, last: int) -> np.ndarray:
+    """Recordings first .. last of a split as clips, float32 [last - first, 16000] in [-1, 1].
+
+    They are decoded from tokens, as generated clips are: what 8 bits cost, both have paid.
+    """
+    manifest = split.manifest
+    clips = []
+    for index in range(first, last):
+        tokens = split.read(index, 0, audio.SAMPLE_RATE)[:, 0]
+        clips.append(one_second(audio.decode(tokens, manifest.encoding, num_levels=manifest.num_levels)))
+    return np.stack(clips)
+
+
+def check_clips(dataset: Dataset) -> None:
+    """Refuses data that the classifier's images cannot be made of."""
+    manifest = dataset.manifest
+    if manifest.sample_rate != audio.SAMPLE_RATE or manifest.channels != 1:
+        raise UserError(
+            f"{dataset.folder} is at {manifest.sample_rate:,} Hz with {manifest.channels} channels; the classifier "
+            f"hears one channel at {audio.SAMPLE_RATE:,} Hz: prepare the data set so"
+        )
+
+
+def labels_of(split: Split) -> tuple[str, ...]:
+    """The labels of a split's recordings, in order.
+
+    Raises:
+      UserError: a recording has none.
+    """
+    for recording in split.recordings:
+        if recording.label is None:
+            raise UserError(
+                f"{split.folder} has no labels (such as for {recording.id}): nothing says what its clips are to be "
+                "told apart by; use a data set whose recordings are labelled, such as sc09"
+            )
+    return tuple(str(recording.label) for recording in split.recordings)
+
+
+def label_numbers(split: Split, classes: tuple[str, ...], name: str | Path) -> np.ndarray:
+    """int32 [recordings]: which of the classes each recording is.
+
+    Raises:
+      UserError: a label that is none of the classes.
+    """
+    numbers = {label: number for number, label in enumerate(classes)}
+    labels = labels_of(split)
+    for label in sorted(set(labels)):
+        if label not in numbers:
+            raise UserError(
+                f"{name} was trained for other classes: it tells {_some(classes)} apart, but {split.folder} also has "
+                f"{label!r}; train a classifier on this data set: python -m workflows.train_classifier"
+            )
+    return np.array([numbers[label] for label in labels], np.int32)
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:10]) + ", ..." * (len(names) > 10)

@@ -1,0 +1,343 @@
+"""Perceptual figures of a run, and of what it is to be compared with: real clips and white noise.
+
+Features are stored piece by piece in a folder as they are found, under names that say what they belong to (the
+classifier, the data, the weights): killed at any moment, the same call goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from harmonic import audio
+from harmonic.checkpoint import Weights, load_weights
+from harmonic.data import Dataset, Split
+from harmonic.errors import UserError
+from harmonic.files import write_whole
+from harmonic.generate import generate
+from harmonic.locks import writing
+from harmonic.metrics import Progress
+from harmonic.perceptual.classifier import Classifier
+from harmonic.perceptual.clips import check_clips, label_numbers, read_clips
+from harmonic.perceptual.metrics import (
+    am_score,
+    fid,
+    inception_score,
+    inception_score_released,
+    modified_inception_score,
+    samples_needed,
+)
+
+RESULT = "perceptual.json"
+NOISE = 2_048  # clips of white noise, at most
+REJECTED = 0.4, 0.95  # of the clips in the order of likelihood: the thresholds that the released code always ends with
+_PIECE = 256  # clips that are kept together
+_CHUNK = 1_000  # samples between two looks at the progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Heard:
+    """What a classifier made of clips.
+
+    Attributes:
+      features, logits: [n, 1024] and [n, classes].
+      nats: [n] negative log-likelihood of generated clips under their model, at temperature 1; else zeros.
+    """
+
+    features: np.ndarray
+    logits: np.ndarray
+    nats: np.ndarray
+
+    def of(self, chosen: np.ndarray) -> Heard:
+        """Some of the clips."""
+        return Heard(self.features[chosen], self.logits[chosen], self.nats[chosen])
+
+
+def measure_run(
+    workdir: str | Path,
+    data: str | Path,
+    classifier: str | Path,
+    *,
+    num_samples: int = 10_240,
+    checkpoint: str = "best",
+    raw: bool = False,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    allow_rank_deficient: bool = False,
+    cache: str | Path | None = None,
+    show_progress: bool = True,
+) -> dict[str, Any]:
+    """Generates clips of a run and compares them with the training split; writes `workdir`/perceptual.json.
+
+    Args:
+      workdir: the run.
+      data: the data set that it was trained on.
+      classifier: a path for `Classifier.load`.
+      num_samples: clips to generate; the published figures are of 10,240, or of 2,048 where none are rejected.
+      checkpoint, raw: as in `load_weights`.
+      temperature, top_p: of sampling; the run's config's own if not given.
+      seed: of the clips, and of what is drawn in the figures.
+      allow_rank_deficient: as in `metrics.fid`.
+      cache: where features are kept; `workdir`/perceptual if not given. Runs on the same data may share one.
+
+    Returns:
+      {"step", "num_samples", "generated", "rejected", "train", "test", "white_noise", and what they were made of}. Each
+      of the rows is {"fid", "is", "is_released", "mis", "am", "clips"}, real ones also "accuracy". "rejected" are the
+      clips that the published protocol keeps, with their number as "kept"; None where these are too few for a
+      covariance.
+
+    Raises:
+      UserError: no run, checkpoint or classifier, a classifier of other classes, too few clips, figures that are not
+        finite.
+    """
+    workdir = Path(workdir)
+    weights = load_weights(workdir, checkpoint, raw=raw)
+    with writing(workdir):
+        reference = _Reference(data, classifier, cache or workdir / "perceptual", allow_rank_deficient, show_progress)
+        reference.dataset.check(weights.config)
+        reference.require(num_samples, "num_samples")
+        settings = {
+            "temperature": weights.config.generate.temperature if temperature is None else temperature,
+            "top_p": weights.config.generate.top_p if top_p is None else top_p,
+            "seed": seed,
+        }
+        heard = _generated(reference, weights, num_samples, settings)
+        rows = reference.rows(min(NOISE, num_samples), seed)
+        kept = keep_likely(heard.nats, seed)
+        enough = len(kept) >= reference.needed
+        result = {
+            "step": weights.step,
+            "checkpoint": checkpoint,
+            "weights": weights.kind,
+            "num_samples": num_samples,
+            **settings,
+            **reference.described,
+            "generated": reference.row(heard, seed),
+            "rejected": {**reference.row(heard.of(kept), seed), "kept": len(kept)} if enough else None,
+            **rows,
+        }
+        write_whole(workdir / RESULT, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    return result
+
+
+def measure_reference(
+    data: str | Path,
+    classifier: str | Path,
+    cache: str | Path,
+    *,
+    num_noise: int = NOISE,
+    seed: int = 0,
+    allow_rank_deficient: bool = False,
+    show_progress: bool = True,
+) -> dict[str, Any]:
+    """The rows that need no run: {"train", "test", "white_noise", and what they were made of}."""
+    with writing(cache):
+        reference = _Reference(data, classifier, cache, allow_rank_deficient, show_progress)
+        return {**reference.described, **reference.rows(num_noise, seed)}
+
+
+def keep_likely(nats: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Which clips the published protocol keeps: the numbers of those between its thresholds, likelier ones last.
+
+    The released code tunes its thresholds on one half of the clips, drawn at random, and reports the other; these are
+    the thresholds that it always ends with, so that of 10,240 clips 2,816 are kept.
+    """
+    half = np.random.default_rng(seed).permutation(len(nats))[: len(nats) // 2]
+    order = half[np.argsort(-nats[half], kind="stable")]
+    low, high = (int(share * len(order)) for share in REJECTED)
+    return order[low:high]
+
+
+class _Reference:
+    """The training split, heard by a classifier: what all rows are compared with."""
+
+    def __init__(self, data: str | Path, classifier: str | Path, cache: str | Path, allow: bool, show_progress: bool):
+        self.dataset, self.classifier = Dataset(data), Classifier.load(classifier)
+        check_clips(self.dataset)
+        self._allow, self._show, self._cache = allow, show_progress, Path(cache)
+        self.needed = samples_needed(self.classifier.sizes.widths[-1], allow)
+        self._labels = {
+            name: label_numbers(self.dataset.split(name), self.classifier.classes, classifier)
+            for name in ("train", "test")
+        }
+        for name, labels in self._labels.items():
+            self.require(len(labels), f"the {name} split of {data}")
+        self._train: Heard | None = None
+        self.described = {
+            "classifier": str(classifier),
+            "classifier_sha256": self.classifier.fingerprint,
+            "dataset": self.dataset.manifest.dataset,
+            "fingerprint": self.dataset.manifest.fingerprint,
+            "allow_rank_deficient": allow,
+        }
+
+    def require(self, count: int, what: str) -> None:
+        """Refuses fewer clips than a covariance needs."""
+        if count < self.needed:
+            way_out = "" if self._allow else " or allow_rank_deficient, for distances that come out too large"
+            raise UserError(
+                f"{what} has {count:,} clips, fewer than the {self.needed:,} that a covariance of "
+                f"{self.classifier.sizes.widths[-1]:,} features needs; give more{way_out}"
+            )
+
+    @property
+    def train(self) -> Heard:
+        """The training split."""
+        if self._train is None:
+            self._train = self._split("train")
+        return self._train
+
+    def row(self, heard: Heard, seed: int) -> dict[str, Any]:
+        """The figures of clips."""
+        return {
+            "fid": fid(self.train.features, heard.features, allow_rank_deficient=self._allow),
+            "is": inception_score(heard.logits),
+            "is_released": inception_score_released(heard.logits),
+            "mis": modified_inception_score(heard.logits, seed),
+            "am": am_score(heard.logits, self.train.logits),
+            "clips": len(heard.logits),
+        }
+
+    def rows(self, num_noise: int, seed: int) -> dict[str, Any]:
+        """The figures of real clips and of white noise."""
+        rows = {}
+        for name in ("train", "test"):
+            heard = self.train if name == "train" else self._split(name)
+            right = heard.logits.argmax(-1) == self._labels[name]
+            rows[name] = {**self.row(heard, seed), "accuracy": float(right.mean())}
+        rows["white_noise"] = self.row(self._noise(num_noise, seed), seed)
+        return rows
+
+    def _split(self, name: str) -> Heard:
+        split: Split = self.dataset.split(name)
+
+        def make(first: int, last: int, _: Callable[[int], None]) -> tuple[np.ndarray, np.ndarray]:
+            return read_clips(split, first, last), np.zeros(last - first)
+
+        key = {"data": self.dataset.manifest.fingerprint, "split": name}
+        return self.heard(name, key, len(split.recordings), make, unit=1)
+
+    def _noise(self, count: int, seed: int) -> Heard:
+        def make(first: int, last: int, _: Callable[[int], None]) -> tuple[np.ndarray, np.ndarray]:
+            clips = [
+                np.random.default_rng((seed, i)).uniform(-1, 1, audio.SAMPLE_RATE).astype(np.float32)
+                for i in range(first, last)
+            ]
+            return np.stack(clips), np.zeros(last - first)
+
+        return self.heard("white_noise", {"noise": seed}, count, make, unit=1)
+
+    def heard(
+        self,
+        name: str,
+        key: dict[str, Any],
+        count: int,
+        make: Callable[[int, int, Callable[[int], None]], tuple[np.ndarray, np.ndarray]],
+        unit: int,
+    ) -> Heard:
+        """What the classifier makes of `count` clips, as far as it is not yet in the cache.
+
+        Args:
+          name, key: the clips', which decide what is the same.
+          make: (first, last, tick) -> clips and their nats; `tick(n)` tells that n of the clips' samples are made.
+          unit: how often `make` ticks for a clip; 1 where it does not.
+        """
+        key = {**key, "classifier": self.classifier.fingerprint}
+        prefix = f"{name}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}"
+        parts, progress = [], None
+        for first in range(0, count, _PIECE):
+            last = min(first + _PIECE, count)
+            path = self._cache / f"{prefix}-{first:06d}-{last:06d}.npz"
+            found = _read_piece(path, last - first)
+            if found is None:
+                if self._show and progress is None:
+                    rate_unit = "samples" if unit > 1 else "clips"
+                    title = name.replace("_", " ")
+                    progress = Progress(
+                        title, count * unit, initial=first * unit, unit=rate_unit[:-1], rate_unit=rate_unit
+                    )
+                clips, nats = make(first, last, progress.update if progress else lambda _: None)
+                features, logits = self.classifier.features_and_logits(clips)
+                found = Heard(features, logits, nats)
+                _write_piece(path, found)
+                if progress and unit == 1:
+                    progress.update(last - first)
+            parts.append(found)
+        if progress:
+            progress.close()
+        return Heard(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(Heard)))
+
+
+def _read_piece(path: Path, count: int) -> Heard | None:
+    """A piece of the cache; None where there is none that is whole."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = Heard(file["features"], file["logits"], file["nats"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    return found if all(len(x) == count for x in (found.features, found.logits, found.nats)) else None
+
+
+def _write_piece(path: Path, heard: Heard) -> None:
+    out = io.BytesIO()
+    np.savez(out, features=heard.features, logits=heard.logits, nats=heard.nats)
+    write_whole(path, out.getvalue())
+
+
+def _generated(reference: _Reference, weights: Weights, count: int, settings: dict[str, Any]) -> Heard:
+    data = weights.config.data
+    length = audio.SAMPLE_RATE
+
+    def make(first: int, last: int, tick: Callable[[int], None]) -> tuple[np.ndarray, np.ndarray]:
+        tokens, nats = [], np.zeros(last - first)
+        for chunk in generate(
+            weights.model,
+            weights.params,
+            batch=last - first,
+            first_stream=first,
+            length=length,
+            chunk=_CHUNK,
+            **settings,
+        ):
+            tokens.append(chunk.tokens[:, :, 0])
+            nats += chunk.nats
+            tick(chunk.tokens[:, :, 0].size)
+        bad = int((~np.isfinite(nats)).sum())
+        if bad:
+            raise UserError(f"{bad} generated clips have a likelihood that is not finite: the weights are broken")
+        return audio.decode(np.concatenate(tokens, 1), data.encoding, num_levels=data.num_levels), nats
+
+    key = {"weights": weights.sha256, "length": length, **settings}
+    return reference.heard("generated", key, count, make, unit=length)
+
+
+def table(result: dict[str, Any]) -> str:
+    """A result's rows as text, for people."""
+    names = {
+        "train": "real, training split",
+        "test": "real, test split",
+        "generated": "generated",
+        "rejected": "generated, rejection",
+        "white_noise": "white noise",
+    }
+    lines = [f"{'':24}{'clips':>8}{'FID':>10}{'IS':>8}{'IS released':>13}{'mIS':>10}{'AM':>8}"]
+    for key, name in names.items():
+        row = result.get(key)
+        if row:
+            figures = f"{row['clips']:>8,}{row['fid']:>10.3f}{row['is']:>8.3f}{row['is_released']:>13.3f}"
+            lines.append(f"{name:24}{figures}{_short(row['mis']):>10}{row['am']:>8.3f}")
+    return "\n".join(lines)
+
+
+def _short(value: float) -> str:
+    return f"{value:.2f}" if value < 1e5 or math.isinf(value) else f"{value:.2e}"
