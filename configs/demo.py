@@ -28,6 +28,7 @@ def get_config() -> Config:
             ema_debias=True,
             validate_every=300,
             checkpoint_every=300,
+            sample_every=600,
         ),
         evaluate=EvaluateConfig(batch_size=6),
         generate=GenerateConfig(num_samples=4, seconds=4.0, num_continuations=2, prompt_seconds=2.0),

@@ -27,6 +27,7 @@ def get_config() -> Config:
             ema_debias=True,
             validate_every=400,
             checkpoint_every=400,
+            sample_every=800,
         ),
         evaluate=EvaluateConfig(batch_size=32),
         # At temperature 1 a model this small drifts into noise: its own samples lead it where no recording ever was.

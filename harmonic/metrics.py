@@ -1,19 +1,50 @@
-"""What a run writes and shows while it goes: metrics.jsonl, TensorBoard, and a progress bar or plain lines."""
+"""What a run writes and shows while it goes: metrics.jsonl, TensorBoard, Weights & Biases if asked for, and a progress
+bar or plain lines."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import io
 import json
 import os
+import secrets
 import sys
 import time
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 from tensorboardX import SummaryWriter
+from tensorboardX.record_writer import register_writer_factory
 from tqdm import tqdm
 
+from harmonic import files
+from harmonic.config import Config
+from harmonic.errors import UserError
+
+_EVENTS = "events"  # stands before the paths of TensorBoard's files, so that they are opened by _EventFiles
 _LINE_EVERY = 10.0  # seconds between plain progress lines
+
+
+class _EventFile(io.FileIO):
+    """A file of TensorBoard's library, which writes in a thread where nobody would see an error: what the disk has no
+    room for is left out here, and metrics.jsonl, which has it all, says so."""
+
+    def write(self, data: Any) -> int:
+        with contextlib.suppress(OSError):
+            super().write(data)
+        return len(data)
+
+
+class _EventFiles:
+    """The library's hook for file systems of one's own."""
+
+    def open(self, path: str) -> _EventFile:
+        return _EventFile(path.removeprefix(f"{_EVENTS}:"), "w")
+
+    def directory_check(self, path: str) -> None:
+        os.makedirs(path.removeprefix(f"{_EVENTS}:"), exist_ok=True)
 
 
 class MetricsWriter:
@@ -22,35 +53,101 @@ class MetricsWriter:
     Args:
       workdir: the run's folder; None to write nothing, as all processes but the first.
       step: the step that the run goes on from. What an interrupted run wrote after it is dropped: it is made again.
+      config: of the run; its `train.wandb_project` names a project of Weights & Biases to write to as well.
+
+    Raises:
+      UserError: the folder cannot be written, or Weights & Biases is asked for and cannot be had.
     """
 
-    def __init__(self, workdir: str | Path | None, step: int = 0):
-        self._board = None
+    def __init__(self, workdir: str | Path | None, step: int = 0, config: Config | None = None):
+        self._board = self._wandb = None
         if workdir is None:
             return
-        path = Path(workdir) / "metrics.jsonl"
-        kept = b"".join(line for line in _lines(path) if _step(line) <= step)
-        temporary = path.with_suffix(".partial")
-        temporary.write_bytes(kept)
-        os.replace(temporary, path)
-        self._file = path.open("a")
-        self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1 if step else None)
+        self._path = path = Path(workdir) / "metrics.jsonl"
+        files.write_whole(path, b"".join(line for line in _lines(path) if _step(line) <= step))
+        if config is not None and config.train.wandb_project:
+            self._wandb = _wandb_run(Path(workdir), config)
+        board = Path(workdir).resolve() / "tensorboard"
+        register_writer_factory(_EVENTS, _EventFiles())
+        with files.write_errors(board):
+            self._file = path.open("a")
+            self._board = SummaryWriter(
+                f"{_EVENTS}:{board}",
+                purge_step=step + 1 if step else None,
+                # Named by the clock alone, a start might overwrite what an earlier one has written.
+                filename_suffix=f".{secrets.token_hex(4)}",
+            )
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """One line of a kind (`train`, `validation`); numbers go to TensorBoard too."""
         if self._board is None:
             return
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}, allow_nan=False) + "\n")
-        self._file.flush()
+        with files.write_errors(self._path):
+            self._file.write(json.dumps({"kind": kind, "step": step, **values}, allow_nan=False) + "\n")
+            self._file.flush()
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self._board.add_scalar(f"{kind}/{name}", value, step)
+        if self._wandb is not None:
+            self._wandb.log({f"{kind}/{name}": value for name, value in values.items() if value is not None}, step=step)
+
+    def write_sounds(self, step: int, waveforms: np.ndarray, sample_rate: int) -> None:
+        """Samples [number, time] in [-1, 1], each to be heard and seen on the boards."""
+        if self._board is None:
+            return
+        from harmonic import spectrogram
+
+        for number, waveform in enumerate(waveforms):
+            name, picture = f"samples/{number}", spectrogram.colours(spectrogram.picture(waveform, sample_rate))
+            self._board.add_audio(name, waveform, step, sample_rate)
+            self._board.add_image(f"{name}/spectrogram", picture, step, dataformats="HWC")
+            if self._wandb is not None:
+                import wandb
+
+                sound = {name: wandb.Audio(waveform, sample_rate), f"{name}/spectrogram": wandb.Image(picture)}
+                self._wandb.log(sound, step=step)
 
     def close(self) -> None:
         """Flushes and closes both."""
         if self._board is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # what was not written has been said
+                self._file.close()
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _wandb_run(workdir: Path, config: Config) -> Any:
+    """The run in Weights & Biases, the same one whenever training goes on; its steps that are made again change nothing
+    there, since they are the same."""
+    remedy = "or leave train.wandb_project empty"
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            f"train.wandb_project={config.train.wandb_project} needs Weights & Biases ({error}): "
+            f"pip install 'harmonic-rnn[wandb]', {remedy}"
+        ) from error
+    path = workdir / "wandb_id"
+    name = path.read_text().strip() if path.exists() else ""
+    if not name:
+        files.write_whole(path, f"{(name := secrets.token_hex(4))}\n")
+    try:
+        return wandb.init(
+            project=config.train.wandb_project,
+            id=name,
+            resume="allow",
+            name=config.name,
+            config=dataclasses.asdict(config),
+            dir=str(workdir),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+    except (wandb.Error, OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"Weights & Biases does not take the run ({reason}); log in with `wandb login`, set WANDB_MODE=offline, "
+            f"{remedy}"
+        ) from error
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
@@ -65,7 +162,7 @@ def _lines(path: Path) -> list[bytes]:
 
 def _step(line: bytes) -> float:
     with contextlib.suppress(ValueError, KeyError, TypeError):
-        return float(json.loads(line)["step"])
+        return float(json.loads(line)["step"] if line.endswith(b"\n") else "inf")
     return float("inf")  # a line that a kill cut short
 
 

@@ -9,20 +9,28 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import html
-import io
 import json
-import math
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from harmonic import audio
+from harmonic import report_findings
 from harmonic.errors import UserError
+from harmonic.files import write_whole
 from harmonic.report_page import SCRIPT, STYLE
-from harmonic.report_plots import Chart, percent, smooth, spectrogram_png, spread, ticks, waveform_svg
+from harmonic.report_parts import Room
+from harmonic.report_parts import block as _block
+from harmonic.report_parts import card as _card
+from harmonic.report_parts import count as _count
+from harmonic.report_parts import duration as _duration
+from harmonic.report_parts import number as _number
+from harmonic.report_parts import section as _section
+from harmonic.report_parts import table as _table
+from harmonic.report_parts import text as _text
+from harmonic.report_plots import Chart, percent, smooth, spread, ticks
 
 # Test bits per sample as published: (model, parameters, bits per sample).
 PUBLISHED = {
@@ -56,8 +64,8 @@ Json = dict[str, Any]
 def build_report(workdir: str | os.PathLike[str]) -> Path:
     """Writes `workdir`/report.html, whole or not at all.
 
-    Needs config.json and metrics.jsonl; evaluation.json, samples/samples.json and summary.json are
-    shown as far as they exist, so that a run can be looked at while it trains.
+    Needs config.json and metrics.jsonl; evaluation.json, samples/samples.json, perceptual.json, nearest.json and
+    summary.json are shown as far as they exist, so that a run can be looked at while it trains.
 
     Returns:
       The path of the report.
@@ -72,6 +80,9 @@ def build_report(workdir: str | os.PathLike[str]) -> Path:
     evaluation = _read_json(folder / "evaluation.json")
     summary = _read_json(folder / "summary.json")
     samples = _read_json(folder / "samples" / "samples.json")
+    perceptual, nearest = _read_json(folder / "perceptual.json"), _read_json(folder / "nearest.json")
+    manifest = _read_json(folder / "manifest.json")
+    room = Room()
 
     name = str(config.get("name") or folder.resolve().name)
     named = (_section(part, "data").get("dataset") for part in (config, summary))
@@ -82,10 +93,12 @@ def build_report(workdir: str | os.PathLike[str]) -> Path:
         _outcome(name, dataset, split, result, metrics),
         _learning(config, metrics, result),
         _context(split, result),
-        _listening(folder / "samples", samples),
+        _listening(folder / "samples", samples, room),
+        report_findings.nearest(folder / "nearest", nearest, samples, room),
+        report_findings.perceptual(perceptual, dataset),
         _published(dataset, split, result, summary),
         _figures(evaluation, samples, summary, metrics),
-        _reproduce(config, summary),
+        _reproduce(folder, config, summary, manifest),
     ]
     script = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; "
@@ -99,13 +112,8 @@ def build_report(workdir: str | os.PathLike[str]) -> Path:
         f"<body>\n<main>\n{''.join(sections)}</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
     )
     report = folder / "report.html"
-    temporary = folder / "report.html.partial"
-    try:
-        # JSON strings may hold lone surrogates, which UTF-8 cannot.
-        temporary.write_bytes(page.encode("utf-8", "replace"))
-        os.replace(temporary, report)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # JSON strings may hold lone surrogates, which UTF-8 cannot.
+    write_whole(report, page.encode("utf-8", "replace"))
     return report
 
 
@@ -146,16 +154,6 @@ def _parse(text: str, path: Path, line: int = 1) -> Json:
     return value
 
 
-def _section(mapping: Json, key: str) -> Json:
-    value = mapping.get(key)
-    return value if isinstance(value, dict) else {}
-
-
-def _number(mapping: Json, key: str) -> float | None:
-    value = mapping.get(key)
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
 def _curve(metrics: list[Json], kind: str, key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values. A run that was resumed may have logged a step twice: the last counts."""
     found: dict[float, float] = {}
@@ -172,46 +170,7 @@ def _baselines(result: Json) -> list[tuple[str, str, float]]:
     return [(label, phrase, bits) for label, phrase, bits in values if bits is not None]
 
 
-# Writing: everything that comes from a file goes through _text or is a number.
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))
-
-
-def _count(value: object) -> str:
-    number = isinstance(value, int | float) and math.isfinite(value)
-    return f"{value:,.0f}" if number else "" if value is None else str(value)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def _table(caption: str, head: list[str], rows: list[list[str]], ours: int | None = None) -> str:
-    """A table of plain text; every column but the first holds figures, row `ours` stands out."""
-    if not rows:
-        return ""
-    titles = "".join(f'<th scope="col">{_text(title)}</th>' for title in head)
-    lines = []
-    for index, (first, *rest) in enumerate(rows):
-        kind = ' class="ours"' if index == ours else ""
-        cells = "".join(f"<td>{_text(cell)}</td>" for cell in rest)
-        lines.append(f'<tr{kind}><th scope="row">{_text(first)}</th>{cells}</tr>\n')
-    return (
-        f'<div class="table"><table>\n<caption>{_text(caption)}</caption>\n'
-        f"<thead><tr>{titles}</tr></thead>\n<tbody>\n{''.join(lines)}</tbody>\n</table></div>\n"
-    )
-
-
 # Sections of the page, in its order.
-
-
-def _block(title: str, body: str) -> str:
-    return f"<section>\n<h2>{title}</h2>\n{body}</section>\n"
 
 
 def _outcome(name: str, dataset: str, split: str, result: Json, metrics: list[Json]) -> str:
@@ -327,14 +286,14 @@ def _context(split: str, result: Json) -> str:
     return _block("What context is worth", f'{drawn}<p class="fine">{note}</p>\n<div class="below">{table}</div>\n')
 
 
-def _listening(folder: Path, samples: Json) -> str:
+def _listening(folder: Path, samples: Json, room: Room) -> str:
     listed = samples.get("samples")
     entries = [e for e in listed if isinstance(e, dict)] if isinstance(listed, list) else []
     if not entries:
         return _block("Listening", '<p class="fine">Nothing has been generated yet.</p>\n')
     groups = ""
     for kind in dict.fromkeys([*GROUPS, *(str(entry.get("kind")) for entry in entries)]):
-        cards = [_card(folder, entry) for entry in entries if str(entry.get("kind")) == kind]
+        cards = [_card(folder, entry, room) for entry in entries if str(entry.get("kind")) == kind]
         title, hint = GROUPS.get(kind, (kind, ""))
         if cards:
             groups += (
@@ -348,44 +307,6 @@ def _listening(folder: Path, samples: Json) -> str:
         f'<p class="fine">{_text(f"Drawn with {facts}. " if facts else "")}Below each player: the '
         "waveform and the log-mel spectrogram (80 dB, low frequencies at the bottom).</p>\n"
         f'<div class="groups">\n{groups}</div>\n',
-    )
-
-
-def _card(folder: Path, entry: Json) -> str:
-    name = entry.get("file")
-    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
-        raise UserError(
-            f"{folder / 'samples.json'} names the file {name!r}, which is not a plain name inside "
-            "that folder; run the generate stage again"
-        )
-    path = folder / name
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        remedy = "run the generate stage again"
-        raise UserError(f"cannot read {path} ({error.strerror}); {remedy}") from error
-    waveform, rate = audio.read_audio(io.BytesIO(content), name=str(path))
-    seconds, bits = len(waveform) / rate, _number(entry, "bits_per_sample")
-    facts = f"{seconds:.2f} s" + (f" · {bits:.3f} bits per sample" if bits is not None else "")
-    title = _text(entry.get("label") or Path(name).stem.replace("_", " "))
-    origin = str(entry.get("source") or name)
-    prompt = _number(entry, "prompt_seconds") or 0.0
-    mark = label = ""
-    if entry.get("kind") != "continuation":
-        prompt = 0.0
-    if prompt > 0:
-        left = percent(prompt / seconds)
-        mark = f'<i class="mark" style="left:{left}"></i>'
-        label = f'<b style="left:{left}">{prompt:.2f} s</b>'
-        origin = f"Prompt: {origin}"
-    return (
-        f'<figure class="card">\n<figcaption><strong>{title}</strong><span>{facts}</span>'
-        f'</figcaption>\n<audio controls preload="metadata" aria-label="{title}" '
-        f'src="data:audio/wav;base64,{base64.b64encode(content).decode()}"></audio>\n'
-        f'<div class="views">{waveform_svg(waveform, prompt / seconds)}<img alt="Log-mel spectrogram" '
-        f'src="data:image/png;base64,{spectrogram_png(waveform, rate)}">{mark}'
-        f'<i class="playhead"></i></div>\n<div class="axis"><span>0</span>{label}'
-        f'<span>{seconds:.2f} s</span></div>\n<p class="origin">{_text(origin)}</p>\n</figure>\n'
     )
 
 
@@ -451,15 +372,31 @@ def _components(tree: Json, depth: int = 0) -> list[list[str]]:
     return rows
 
 
-def _reproduce(config: Json, summary: Json) -> str:
-    if summary.get("command"):
-        command = f"<pre><code>{_text(summary['command'])}</code></pre>"
-    else:
-        command = (
-            '<p class="fine">The command is recorded once the whole run is done. The configuration '
-            "is complete: save it as config.json and give that path to --config.</p>"
-        )
+def _reproduce(folder: Path, config: Json, summary: Json, manifest: Json) -> str:
+    lines, hint = [str(summary["command"])] if summary.get("command") else [], ""
+    if not lines:
+        lines = _commands(folder, config, manifest)
+        hint = '<p class="fine">The run was made step by step, or is not done. These commands make it again.</p>\n'
+    shown = _text("\n".join(lines))
+    facts = [f"the data set's fingerprint is {manifest['fingerprint']}"] if manifest.get("fingerprint") else []
+    facts += [f"{name} {version}" for name, version in _section(summary, "versions").items()]
+    under = f'<p class="fine">To compare: {_text("; ".join(facts))}.</p>\n' if facts else ""
     saved = _text(json.dumps(config, indent=2, ensure_ascii=False))
-    shown = f"<pre><code>{saved}</code></pre>"
-    details = f"<details><summary>Configuration</summary>\n{shown}\n</details>\n"
-    return _block("Reproduce", f"{command}\n{details}")
+    details = f"<details><summary>Configuration</summary>\n<pre><code>{saved}</code></pre>\n</details>\n"
+    return _block("Reproduce", f"{hint}<pre><code>{shown}</code></pre>\n{under}{details}")
+
+
+def _commands(folder: Path, config: Json, manifest: Json) -> list[str]:
+    """What makes a run with this config on this data, a stage a line."""
+    run, data = shlex.quote(str(folder)), _section(config, "data")
+    prepare = ["--dataset", str(data.get("dataset", "demo"))]
+    if manifest.get("source"):
+        prepare += ["--source", str(manifest["source"])]
+    prepare += [f"--{name}={data[name]}" for name in ("encoding", "num_levels") if name in data]
+    for name in ("window_length", "hop_length", "trim_silence", "loudness"):
+        if manifest.get(name) is not None:
+            prepare.append(f"--{name}={manifest[name]}")
+    return [
+        f"python -m pipelines.prepare {shlex.join(prepare)}",
+        f"python -m workflows.full_run --config={run}/config.json --workdir={run}-again",
+    ]

@@ -99,11 +99,21 @@ audio { display: block; width: 100%; height: 40px; margin: 10px 0 12px; }
 .axis b { position: absolute; padding: 0 4px; transform: translateX(-50%);
   background: var(--card); color: var(--warm); font-weight: 400; white-space: nowrap; }
 .origin { margin: 6px 0 0; font-size: 12px; }
+.beside { margin: 10px 0 12px; font-size: 14px; }
+.beside a { color: var(--accent); }
+.lead.small { margin-top: 0; font-size: 17px; }
+.pairs-of { margin-top: 36px; }
+.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr)); gap: 20px;
+  margin-top: 14px; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; border: 1px solid var(--line); border-radius: 12px;
+  background: var(--card); }
+.pair .card { border: 0; }
 
 .tables { columns: 2 380px; column-gap: 48px; }
 .tables .table { margin-bottom: 36px; }
 .table { overflow-x: auto; break-inside: avoid; }
 .below { max-width: 640px; margin-top: 28px; }
+.below.wide { max-width: none; }
 table { width: 100%; border-collapse: collapse; font-size: 14px; overflow-wrap: normal; }
 caption { padding-bottom: 8px; text-align: left; font-weight: 600; overflow-wrap: anywhere; }
 th, td { padding: 7px 0 7px 16px; border-top: 1px solid var(--line); text-align: right;
@@ -124,5 +134,6 @@ summary { margin-bottom: 12px; color: var(--soft); font-size: 14px; cursor: poin
   .lead { font-size: 17px; }
   .tiles { grid-template-columns: 1fr 1fr; justify-content: stretch; }
   .chart { height: 260px; }
+  .pair { grid-template-columns: 1fr; }
 }
 """

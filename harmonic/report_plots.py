@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
-import io
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
+
+from harmonic import spectrogram
 
 
 class Chart:
@@ -118,26 +118,4 @@ def waveform_svg(waveform: np.ndarray, prompt: float, columns: int = 240) -> str
 
 def spectrogram_png(waveform: np.ndarray, sample_rate: int, columns: int = 400) -> str:
     """A log-mel spectrogram, at most `columns` pixels wide, as a PNG in base64."""
-    import librosa
-    from matplotlib import colormaps, image
-
-    window = 1024
-    # Frames overlap however long the recording is; those that share a column are averaged.
-    hop = min(max(len(waveform) // columns, 64), window // 2)
-    padded = np.pad(waveform, (0, max(0, window - len(waveform))))
-    power = librosa.feature.melspectrogram(
-        y=padded,
-        sr=sample_rate,
-        n_fft=window,
-        hop_length=hop,
-        n_mels=64,
-    )
-    power = power[:, : max(1, len(waveform) // hop)]
-    starts = np.arange(0, power.shape[1], math.ceil(power.shape[1] / columns))
-    power = np.add.reduceat(power, starts, axis=1) / np.diff(starts, append=power.shape[1])
-    decibels = librosa.power_to_db(power, ref=np.max)
-    colours = colormaps["magma"](np.clip(1 + decibels[::-1] / 80, 0, 1), bytes=True)
-    picture = io.BytesIO()
-    nameless: dict[str, Any] = {"Software": None}  # else the version is in the file
-    image.imsave(picture, colours, format="png", metadata=nameless)
-    return base64.b64encode(picture.getvalue()).decode()
+    return base64.b64encode(spectrogram.png(spectrogram.picture(waveform, sample_rate, columns))).decode()

@@ -5,23 +5,27 @@ from __future__ import annotations
 import base64
 import hashlib
 import html.parser
+import io
 import json
 import math
 import os
 import re
 import shutil
-import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
+from browser import Browser, browser
 
-from harmonic import audio
+from harmonic import audio, report_parts
 from harmonic.errors import UserError
 from harmonic.report import PUBLISHED, build_report
 
 HOSTILE = "<script>alert('x')</script>\"&amp; </style>"
+SECONDS = (0.25, 0.5, 0.75, 1.0, 1.25, 2.5)  # of the six samples
 # Attributes through which a page loads or leads somewhere.
 REFERENCES = {"src", "href", "srcset", "poster", "data", "action", "background", "xlink:href"}
 
@@ -101,7 +105,7 @@ def make_run(folder: Path, name: str = "sc09", label: str = "seven") -> Path:
     entries: list[dict[str, Any]] = []
     for number in range(6):
         kind = ("sample", "continuation", "real")[number // 2]
-        file, seconds = f"{kind}_{number % 2:04d}.wav", 0.25 + 0.25 * number
+        file, seconds = f"{kind}_{number % 2:04d}.wav", SECONDS[number]
         audio.write_wav(folder / "samples" / file, sound(seconds, 200 + 90 * number))
         entry: dict[str, Any] = {"kind": kind, "file": file, "seconds": seconds}
         entry["prompt_seconds"] = seconds / 2 if kind == "continuation" else 0.0
@@ -125,6 +129,28 @@ def make_run(folder: Path, name: str = "sc09", label: str = "seven") -> Path:
         "platform": "cpu",
     }
     write(folder / "summary.json", summary)
+
+    real = {"is": 6.5, "is_released": 7.0, "mis": 200.0, "am": 0.2}
+    figures = {"generated": {"fid": 21.25, "is": 3.5, "is_released": 4.0, "mis": 12.0, "am": 1.234, "clips": 512}}
+    figures |= {"rejected": {"fid": 15.75, "clips": 140, "kept": 140}, "train": {"fid": 0.0, **real}}
+    write(folder / "perceptual.json", {"step": 300, "temperature": 0.8, "num_samples": 512, **figures})
+
+    (folder / "nearest").mkdir()
+    clips: dict[str, list[dict[str, Any]]] = {"generated": [], "held_out": []}
+    for number in range(3):
+        kind = "generated" if number < 2 else "held_out"
+        files = [f"{kind}_{number:04d}{end}.wav" for end in ("", "_training")]
+        for file in files:
+            audio.write_wav(folder / "nearest" / file, sound(0.3, 1_000 + 50 * number + len(file)))
+        place = {"distance": 2.5 + number, "recording": f"{label}/train_{number}.wav", "recording_start": 0.12}
+        row = {"clip": f"{kind}.wav", "start": 0.25, "file": files[0], "nearest_file": files[1], "nearest": place}
+        clips[kind].append({**row, "split": "test"} if kind == "held_out" else row)
+    clips["generated"].append({"clip": "far.wav", "nearest": None})
+    group = {"clips": 2, "excerpts": 140, "silent": 0, "as_near_as_a_copy": 0.125, "nearer_than_held_out": 0.25}
+    group["quantiles"] = {"0": 1.5, "0.05": 2.0, "0.25": 2.5, "0.5": 3.25, "0.75": 4.0}
+    groups = {"generated": group, "held_out": {**group, "as_near_as_a_copy": 0.0}, "copies": {"quantiles": {"0": 0.5}}}
+    training = {"recordings": 31_158, "compared": 31_000, "seconds": 30_000.0}
+    write(folder / "nearest.json", {"step": 300, "seconds": 0.3, "training": training, "groups": groups, **clips})
     return folder
 
 
@@ -143,23 +169,31 @@ def run(tmp_path: Path) -> Path:
 
 def without_samples(run: Path) -> Path:
     shutil.rmtree(run / "samples")
+    (run / "nearest.json").unlink()
     return run
 
 
-def test_every_sample_has_a_player_with_its_exact_bytes(finished: Path) -> None:
+def test_every_sample_has_a_player_with_its_exact_samples(finished: Path) -> None:
     page = Page(finished / "report.html")
     entries = json.loads((finished / "samples" / "samples.json").read_text())["samples"]
-    prefix = "data:audio/wav;base64,"
     players = page.all("audio")
-    assert len(players) == len(entries) == 6
-    for player, entry in zip(players, entries, strict=True):
+    assert len(entries) == 6 and len(players) == 6 + 2 * 3  # and three pairs of nearest excerpts
+    for number, (player, entry) in enumerate(zip(players, entries, strict=False)):
         assert "controls" in player
-        assert player["src"].startswith(prefix)
-        content = base64.b64decode(player["src"].removeprefix(prefix), validate=True)
-        assert content == (finished / "samples" / entry["file"]).read_bytes()
+        original = finished / "samples" / entry["file"]
+        kind, _, code = player["src"].partition(";base64,")
+        assert kind == ("data:audio/flac" if number == 5 else "data:audio/wav")  # the last one is long
+        content = base64.b64decode(code, validate=True)
+        if number < 5:
+            assert content == original.read_bytes()
+            continue
+        assert len(content) < 0.9 * original.stat().st_size
+        ours, theirs = (soundfile.read(file, dtype="int16") for file in (io.BytesIO(content), original))
+        np.testing.assert_array_equal(ours[0], theirs[0])
+        assert ours[1] == theirs[1]
     pictures = [base64.b64decode(image["src"].partition(",")[2]) for image in page.all("img")]
-    assert len(pictures) == len(set(pictures)) == 6
-    assert all(picture.startswith(b"\x89PNG") and len(picture) < 60_000 for picture in pictures)
+    assert len(pictures) == len(set(pictures)) == 12
+    assert all(picture.startswith(b"\x89PNG") and len(picture) < 25_000 for picture in pictures)
 
 
 def test_the_page_loads_nothing(finished: Path) -> None:
@@ -168,7 +202,7 @@ def test_the_page_loads_nothing(finished: Path) -> None:
         assert tag not in ("link", "iframe", "object", "embed", "base", "use")
         for key, value in attributes.items():
             if key in REFERENCES:
-                assert re.match(r"data:(audio/wav|image/png);base64,[A-Za-z0-9+/]+=*$", value), key
+                assert re.match(r"data:(audio/wav|audio/flac|image/png);base64,[A-Za-z0-9+/]+=*$", value), key
             assert key == "src" or "//" not in value, (tag, key)
     for code in (page.text["style"], page.text["script"]):
         assert not re.search(r"//|url\(|@import|fetch|XMLHttp", code)
@@ -199,6 +233,19 @@ def test_the_page_says_what_the_files_say(finished: Path) -> None:
         "86 min",
         "python -m workflows.full_run --config=sc09",
         '"learning_rate": 0.002',
+        "12.5% of the generated excerpts lie as near to a training recording as a copy would;",
+        "of the held-out recordings' excerpts 0.0% do.",
+        "25.0% lie nearer than 95% of the held-out ones.",
+        "140 1.50 2.00 2.50 3.25 4.00 12.5%",
+        "158 shorter recordings are left out.",
+        "generated.wav, from 0.25 s",
+        "seven/train_1.wav, from 0.12 s",
+        "0.30 s · 3.50 dB apart",
+        "Held-out, test",
+        "Generated at step 300, temperature 0.8.",
+        "512 21.25 3.50 4.00 12.00 1.234",
+        "140 15.75",
+        "1.99 5.13 42.57 0.740",  # SaShiMi
         *(f"{bits:.3f}" for _, _, bits in PUBLISHED["sc09"]),
     ):
         assert words in page.words, words
@@ -265,7 +312,7 @@ def test_published_figures_stand_beside_the_same_data_set(run: Path, dataset: st
 
 def test_what_comes_from_a_file_is_text(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", name=HOSTILE, label=HOSTILE)
-    for file in ("evaluation.json", "summary.json", "samples/samples.json"):
+    for file in ("evaluation.json", "summary.json", "samples/samples.json", "nearest.json", "perceptual.json"):
         # Every string that the page might show, and keys too.
         text = (run / file).read_text()
         for plain in ("best", "ema", "hub", "cpu", "level 0", "prepare", "python -m", "train"):
@@ -280,11 +327,11 @@ def test_what_comes_from_a_file_is_text(tmp_path: Path) -> None:
     assert f"Prompt: {HOSTILE}/clip_2.wav" in page.words
     assert f"{HOSTILE}level 0" in page.words
     labels = {player["aria-label"] for player in page.all("audio")}
-    assert labels == {HOSTILE, "sample 0000", "sample 0001"}
+    assert labels == {HOSTILE, "sample 0000", "sample 0001", "Generated", "Held-out, test", "Nearest in training"}
 
 
 def test_a_run_that_is_still_training(run: Path) -> None:
-    for file in ("evaluation.json", "summary.json"):
+    for file in ("evaluation.json", "summary.json", "perceptual.json"):
         (run / file).unlink()
     with open(run / "metrics.jsonl", "a") as metrics:
         metrics.write('{"kind": "train", "step": 310, "lo')  # being written
@@ -318,7 +365,10 @@ def test_a_needed_file_that_is_missing_is_named(run: Path, file: str) -> None:
 
 @pytest.mark.parametrize(
     "file",
-    ["config.json", "metrics.jsonl", "evaluation.json", "summary.json", "samples/samples.json"],
+    [
+        *("config.json", "metrics.jsonl", "evaluation.json", "summary.json", "samples/samples.json"),
+        *("perceptual.json", "nearest.json"),
+    ],
 )
 @pytest.mark.parametrize(("text", "line"), [('{\n"a": }\n', 2), ("\n[1]\n", 1)])
 def test_a_corrupt_file_is_named_with_its_line(run: Path, file: str, text: str, line: int) -> None:
@@ -354,7 +404,7 @@ def test_silent_short_and_long_recordings_can_be_drawn(run: Path, waveform: np.n
     audio.write_wav(run / "samples" / "a.wav", waveform)
     write(run / "samples" / "samples.json", {"samples": [{"kind": "other", "file": "a.wav"}]})
     page = Page(build_report(run))
-    assert len(page.all("audio")) == len(page.all("img")) == 1
+    assert len(page.all("audio")) == len(page.all("img")) == 1 + 6
     assert f"{len(waveform) / 16_000:.2f} s" in page.words
 
 
@@ -368,10 +418,10 @@ def test_the_report_is_whole_or_absent(run: Path, monkeypatch: pytest.MonkeyPatc
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fail)
-        with pytest.raises(OSError, match="disk gone"):
+        with pytest.raises(UserError, match=r"cannot write .*report\.html: disk gone"):
             build_report(run)
     assert (run / "report.html").read_bytes() == before
-    files = {"config.json", "evaluation.json", "metrics.jsonl", "report.html"}
+    files = {"config.json", "evaluation.json", "metrics.jsonl", "perceptual.json", "report.html", "nearest"}
     assert {path.name for path in run.iterdir()} == files
 
 
@@ -382,59 +432,123 @@ def test_the_same_folder_gives_the_same_bytes(finished: Path) -> None:
     assert not list(finished.glob("*.partial"))
 
 
-# Runs before the page is parsed, so that it sees every error and every refused request.
-PROBE = """
-const problems = [];
-addEventListener("error", event => problems.push(event.message || event.target.tagName), true);
-addEventListener("securitypolicyviolation", event => problems.push(event.blockedURI));
-addEventListener("load", async () => {
+@pytest.mark.parametrize("name", ["../config.json", "..", "", None])
+def test_nearest_sounds_lie_in_their_own_folder(run: Path, name: object) -> None:
+    found = json.loads((run / "nearest.json").read_text())
+    found["generated"][0]["nearest_file"] = name
+    write(run / "nearest.json", found)
+    with pytest.raises(UserError, match=r"nearest\.json names the file .* run python -m workflows.nearest again"):
+        build_report(run)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"groups": 3}, {"seconds": "many"}, {"groups": {"generated": 1}}, {"generated": [1]}]
+)
+def test_strange_findings_are_left_out(run: Path, wrong: dict[str, Any]) -> None:
+    found = {**json.loads((run / "nearest.json").read_text()), **wrong}
+    write(run / "nearest.json", found)
+    write(run / "perceptual.json", {"generated": {"fid": "low"}, "rejected": None, "train": [1]})
+    words = Page(build_report(run)).words
+    assert "Perceptual figures" not in words and "Listening" in words
+
+
+def test_long_sounds_are_linked_to(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not fit into the page is beside it; what fits is in it, though it comes later."""
+    audio.write_wav(run / "samples" / "long one.wav", sound(20, 300))
+    samples = json.loads((run / "samples" / "samples.json").read_text())
+    samples["samples"].insert(0, {"kind": "sample", "file": "long one.wav"})
+    write(run / "samples" / "samples.json", samples)
+    whole = build_report(run).stat().st_size
+    monkeypatch.setattr(report_parts.Room.__init__, "__defaults__", (260_000,))
+    page = Page(build_report(run))
+    assert (run / "report.html").stat().st_size < whole - 260_000
+    assert len(page.all("audio")) == 12
+    assert [link["href"] for link in page.all("a")] == ["samples/long%20one.wav"]
+    assert "Too long for this page:" in page.words
+    assert len(page.all("img")) == 13  # its pictures are there
+
+
+def test_a_run_made_step_by_step_says_how_to_make_it_again(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    del summary["command"]
+    write(run / "summary.json", {**summary, "versions": {"jax": "0.10.2"}})
+    manifest = {"dataset": "sc09", "source": "my sc09.zip", "fingerprint": "f" * 64, "window_length": 16_000}
+    write(run / "manifest.json", {**manifest, "hop_length": 16_000, "trim_silence": 40.0, "loudness": None})
+    words = Page(build_report(run)).words
+    assert "python -m pipelines.prepare --dataset sc09 --source 'my sc09.zip'" in words
+    assert "--window_length=16000 --hop_length=16000 --trim_silence=40.0" in words
+    assert f"python -m workflows.full_run --config={run}/config.json --workdir={run}-again" in words
+    assert f"the data set's fingerprint is {'f' * 64}; jax 0.10.2." in words
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with browser(tmp_path_factory.mktemp("browser")) as opened:
+        yield opened
+
+
+LOOK = """(async () => {
   const players = [...document.querySelectorAll("audio")];
   const ready = player => player.readyState >= 1 ||
     new Promise(done => player.addEventListener("loadedmetadata", done));
   await Promise.all(players.map(ready));
-  document.documentElement.dataset.probe = JSON.stringify({
-    problems,
-    players: players.map(player => [player.readyState, player.duration]),
+  const wide = [...document.querySelectorAll("body *")].filter(element =>
+    !element.closest(".table, svg, .chart") && element.getBoundingClientRect().right > innerWidth + 1);
+  return {
+    durations: players.map(player => player.duration),
+    widths: players.map(player => player.getBoundingClientRect().width),
     pictures: [...document.images].map(image => image.naturalWidth),
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+    wide: wide.map(element => element.outerHTML.slice(0, 80)),
+    colours: [document.body, document.querySelector("h1")].map(e => [
+      getComputedStyle(e).backgroundColor, getComputedStyle(e).color]),
+  };
+})()"""
+
+PLAY = """(async () => {
+  const players = [...document.querySelectorAll("audio")], heads = [...document.querySelectorAll(".playhead")];
+  const moves = player => new Promise((done, fail) => {
+    player.addEventListener("timeupdate", () => player.currentTime > 0.05 && done());
+    setTimeout(() => fail("it stands still at " + player.currentTime), 20000);
   });
-});
-"""
+  await players[5].play();
+  await moves(players[5]);
+  await players[0].play();
+  await moves(players[0]);
+  return {
+    times: [players[5].currentTime, players[0].currentTime],
+    paused: players[5].paused,
+    head: [heads[0].style.opacity, parseFloat(heads[0].style.left)],
+  };
+})()"""
 
 
-def test_a_browser_opens_the_report_offline(finished: Path, tmp_path: Path) -> None:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    browser = next(filter(None, map(shutil.which, names)), None)
-    if browser is None:
-        pytest.skip("no Chromium here")
-    # The page as it is, its content security policy too, which must let the probe pass.
-    digest = base64.b64encode(hashlib.sha256(PROBE.encode()).digest()).decode()
-    page = (finished / "report.html").read_text(encoding="utf-8")
-    probed = page.replace("script-src ", f"script-src 'sha256-{digest}' ", 1)
-    probed = probed.replace("<title>", f"<script>{PROBE}</script><title>", 1)
-    (tmp_path / "probed.html").write_text(probed, encoding="utf-8")
-    flags = (
-        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --disable-dev-shm-usage --window-size=390,844 "
-        "--virtual-time-budget=20000 --dump-dom"
-    ).split()
-    offline = "--host-resolver-rules=MAP * ~NOTFOUND"
-    found = None
-    for attempt in range(2):  # a browser on a busy machine may fail to start
-        profile = f"--user-data-dir={tmp_path / f'profile{attempt}'}"
-        command = [browser, *flags, offline, profile, (tmp_path / "probed.html").as_uri()]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        except subprocess.TimeoutExpired:
-            continue
-        found = re.search(r'<html[^>]* data-probe="([^"]*)"', done.stdout)
-        if found:
-            break
-    assert found, "the browser did not report"
-    seen = json.loads(html.unescape(found[1]))
-    assert seen["problems"] == []
-    assert all(state >= 1 for state, _ in seen["players"])
-    seconds = [0.25 + 0.25 * number for number in range(6)]
-    assert [duration for _, duration in seen["players"]] == pytest.approx(seconds, abs=0.01)
-    assert len(seen["pictures"]) == 6 and all(width > 50 for width in seen["pictures"])
-    assert seen["overflow"] == 0
+def brightness(colour: str) -> float:
+    return sum(map(float, re.findall(r"[\d.]+", colour)[:3])) / 3
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1_200, 390, 320])
+def test_a_browser_shows_the_report(finished: Path, chromium: Browser, tmp_path: Path, width: int, dark: bool) -> None:
+    """Offline, on a screen and on phones, in light and dark: all sounds load, all pictures show, nothing sticks out."""
+    chromium.open(finished / "report.html", width=width, dark=dark)
+    seen = chromium.evaluate(LOOK)
+    seconds = [*SECONDS, *[0.3] * 6]
+    assert seen["durations"] == pytest.approx(seconds, abs=0.01)
+    assert len(seen["pictures"]) == 12 and all(size > 20 for size in seen["pictures"])
+    assert seen["overflow"] == 0 and seen["wide"] == []
+    assert all(size > 150 for size in seen["widths"])
+    (page, _), (_, ink) = seen["colours"]
+    assert (brightness(page) < 60) == dark and (brightness(ink) > 200) == dark
+    chromium.screenshot(tmp_path / "page.png", whole=True)
+    assert (tmp_path / "page.png").stat().st_size > 20_000
+    assert chromium.problems == []
+
+
+def test_a_browser_plays_the_sounds(finished: Path, chromium: Browser) -> None:
+    """play() advances, the playhead with it, and one sound at a time."""
+    chromium.open(finished / "report.html")
+    seen = chromium.evaluate(PLAY)
+    assert min(seen["times"]) > 0.05 and seen["paused"]
+    assert seen["head"][0] == "1" and seen["head"][1] > 0
+    assert chromium.problems == []
