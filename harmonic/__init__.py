@@ -4,4 +4,31 @@ Importing this package loads nothing: a data worker needs `harmonic.audio` and `
 not pay for JAX.
 """
 
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from harmonic.pretrained import Pretrained
+
 __version__ = "0.1.0"
+
+
+def load(path_or_hub_id: str | os.PathLike[str], revision: str | None = None) -> Pretrained:
+    """A trained model that generates.
+
+        model = harmonic.load("USER/NAME")
+        audio = model.generate(seconds=4)  # float32 [streams, samples] at model.sample_rate
+
+    Args:
+      path_or_hub_id: an export's folder, a run's folder (its best averaged weights), or USER/NAME of a model on the
+        Hugging Face hub.
+      revision: branch, tag or commit on the hub.
+
+    Raises:
+      harmonic.errors.UserError: no such model, no leave to read it, or files that are damaged or of another model.
+    """
+    from harmonic import pretrained
+
+    return pretrained.load(path_or_hub_id, revision)

@@ -1,0 +1,143 @@
+"""A run's model as a folder to publish: `model.safetensors`, `config.json`, `README.md`, sample WAVs.
+
+    export_run("runs/sc09", "exports/sc09", license_name="cc-by-4.0")
+    model = harmonic.load("exports/sc09")
+
+The same run gives the same bytes, but for what the card says of evaluations made since. `harmonic.pretrained` has the
+format, and reads it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from harmonic import audio, hub, pretrained
+from harmonic.checkpoint import load_weights
+from harmonic.errors import UserError
+from harmonic.model_card import model_card, public_source
+from harmonic.pretrained import CONFIG, FORMAT, WEIGHTS, Pretrained
+from harmonic.records import load_manifest
+
+CARD = "README.md"
+
+
+def export_run(
+    workdir: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    checkpoint: str = "best",
+    raw: bool = False,
+    license_name: str | None = None,
+    num_samples: int = 2,
+    seconds: float = 1.0,
+    repo: str | None = None,
+    overwrite: bool = False,
+) -> list[str]:
+    """Writes a run's averaged weights (the raw ones with `raw`), config and card to `folder`, whole or not at all.
+
+    Args:
+      workdir: the run's folder.
+      folder: a new or empty folder, or an earlier export, whose files are replaced.
+      checkpoint: best, latest or a step.
+      license_name: the hub's name of a licence, for the card.
+      num_samples, seconds: sample WAVs, generated at the config's temperature with seed 0.
+      repo: where it will be pushed to, for the card.
+      overwrite: also write into a folder that holds something else; nothing in it is removed but what is replaced.
+
+    Returns:
+      The names of the files.
+
+    Raises:
+      UserError: no such run or checkpoint, weights that are not finite, or a folder that holds something else.
+    """
+    workdir, folder = Path(workdir), Path(folder)
+    _check_folder(folder, overwrite)
+    weights, manifest = load_weights(workdir, checkpoint, raw=raw), load_manifest(workdir)
+    arrays = {name: np.ascontiguousarray(leaf, np.float32) for name, leaf in pretrained.flatten(weights.params).items()}
+    pretrained.check_finite(arrays, f"checkpoint {weights.step} of {workdir}")
+    model = Pretrained(weights.model, weights.params, weights.config, manifest.sample_rate, manifest.loudness)
+    content = safetensors.numpy.save(arrays)
+    about: dict[str, Any] = {
+        "format": FORMAT,
+        "library_name": "harmonic-rnn",
+        "model_type": "harmonic_rnn",
+        "sample_rate": manifest.sample_rate,
+        "weights": {
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "parameters": sum(array.size for array in arrays.values()),
+            "kind": weights.kind,
+            "checkpoint": checkpoint,
+            "step": weights.step,
+        },
+        "data": {
+            "dataset": manifest.dataset,
+            "source": public_source(manifest.source),
+            "fingerprint": manifest.fingerprint,
+            "loudness": manifest.loudness,
+        },
+        "config": json.loads(weights.config.to_json()),
+    }
+    settings: dict[str, Any] = {"seconds": seconds, "temperature": weights.config.generate.temperature}
+    names = [f"sample_{i}.wav" for i in range(num_samples)]
+    card = model_card(
+        workdir,
+        about,
+        weights.config,
+        manifest,
+        load_name=repo or folder.name,
+        license_name=license_name,
+        samples=names,
+        settings=settings,
+    )
+
+    temporary = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        (temporary / WEIGHTS).write_bytes(content)
+        if names:
+            for name, waveform in zip(names, model.generate(num_samples=num_samples, **settings), strict=True):
+                audio.write_wav(temporary / name, waveform, manifest.sample_rate)
+        (temporary / CARD).write_text(card)
+        (temporary / CONFIG).write_text(json.dumps(about, indent=2) + "\n")
+        _move(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return [WEIGHTS, CONFIG, CARD, *names]
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; give a folder as --output_dir")
+    if overwrite or not folder.is_dir() or not any(folder.iterdir()):
+        return
+    try:
+        ours = hub.is_export(json.loads((folder / CONFIG).read_bytes()))
+    except (OSError, ValueError):
+        ours = False
+    if not ours:
+        raise UserError(f"{folder} holds something else than an export; give another --output_dir, or --overwrite")
+
+
+def _move(temporary: Path, folder: Path) -> None:
+    """A new folder appears at once. In one that stands, config.json comes last: until then the checksum is wrong."""
+    try:
+        os.rename(temporary, folder)
+        return
+    except OSError:
+        if not folder.is_dir():
+            raise
+    names = sorted((path.name for path in temporary.iterdir()), key=lambda name: name == CONFIG)
+    for name in names:
+        os.replace(temporary / name, folder / name)
+    for stale in folder.glob("sample_*.wav"):
+        if stale.name not in names and stale.stem.removeprefix("sample_").isdigit():
+            stale.unlink()

@@ -1,0 +1,306 @@
+"""Trained models, ready to generate: from an export, from the hub or from a run's folder.
+
+    model = harmonic.load("USER/NAME")
+    audio = model.generate(seconds=4, num_samples=2)     # float32 [2, samples] at model.sample_rate
+
+An export (`harmonic.export`) is a folder of `config.json` (`read_config` checks it) and `model.safetensors`: float32
+arrays named by their path in `HarmonicRNN.init`'s dict, joined by dots (`blocks.temporal.gate.kernel`, its first axis
+the blocks'). Nothing else in a folder is read, and nothing in it is executed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from harmonic import audio, generate, hub
+from harmonic.config import Config, from_dict
+from harmonic.errors import UserError
+from harmonic.models import HarmonicRNN
+
+FORMAT = 1
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_PICKLES = (".bin", ".ckpt", ".h5", ".msgpack", ".pickle", ".pkl", ".pt", ".pth")
+_LONGEST = 2**31 - 2**16  # samples: positions are int32
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A trained model.
+
+    Attributes:
+      model, params: for `model.apply(params, ...)`.
+      config: the run's.
+      sample_rate: Hz.
+      loudness: LUFS that its recordings were brought to, all on one scale; None where each was scaled to its own
+        minimum and maximum.
+      about: what else an export's config.json says (`weights`, `data`); empty for a run's folder.
+    """
+
+    model: HarmonicRNN
+    params: dict[str, Any] = dataclasses.field(repr=False)
+    config: Config
+    sample_rate: int
+    loudness: float | None = None
+    about: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+    def generate(
+        self,
+        seconds: float = 1.0,
+        *,
+        num_samples: int = 1,
+        seed: int = 0,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        prompt: np.ndarray | str | os.PathLike[str] | None = None,
+    ) -> np.ndarray:
+        """Generates `num_samples` streams side by side: those of `workflows.generate` with the same settings.
+
+        Args:
+          seconds: of each, its prompt included.
+          num_samples: streams. A stream depends on the seed and its number, not on how many there are.
+          seed: of the random numbers.
+          temperature: logits are divided by it; 1 samples the model itself.
+          top_p: sample from the smallest set of tokens that holds this probability.
+          prompt: what all continue, [samples], or what each does, [num_samples, samples], at `sample_rate`; or an audio
+            file. Taken at the level that it has where the model has a `loudness`, else scaled to its own extremes.
+
+        Returns:
+          float32 [num_samples, samples] in [-1, 1], the prompt first.
+
+        Raises:
+          UserError: a value that cannot be, or a prompt at another rate or as long as what is asked for.
+        """
+        settings: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "temperature": temperature}
+        pieces = self._pieces(seconds, top_p=top_p, prompt=prompt, **settings)
+        return np.concatenate(list(pieces), axis=1)
+
+    def stream(
+        self,
+        seconds: float | None = None,
+        *,
+        num_samples: int = 1,
+        seed: int = 0,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        prompt: np.ndarray | str | os.PathLike[str] | None = None,
+    ) -> Iterator[np.ndarray]:
+        """What `generate` returns, in pieces [num_samples, a tenth of a second] as they are made, the prompt first.
+
+        Without `seconds` it goes on for as long as one asks for more (some 37 hours at 16 kHz).
+        """
+        settings: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "temperature": temperature}
+        return self._pieces(seconds, top_p=top_p, prompt=prompt, **settings)
+
+    def _pieces(self, seconds: float | None, *, num_samples: int, prompt: Any, **settings: Any) -> Iterator[np.ndarray]:
+        length = _LONGEST
+        if seconds is not None:
+            if not 0 < seconds * self.sample_rate <= _LONGEST:
+                longest = _LONGEST // self.sample_rate
+                raise UserError(f"seconds={seconds} is impossible: it must be above 0 and at most {longest:,}")
+            length = round(seconds * self.sample_rate)
+        if num_samples < 1:
+            raise UserError(f"num_samples={num_samples} is impossible: it must be at least 1")
+        tokens = None if prompt is None else self._prompt(prompt, num_samples)
+        given = 0 if tokens is None else tokens.shape[-2]
+        if length <= given:
+            raise UserError(
+                f"the prompt has {given / self.sample_rate:.2f} s, but seconds={seconds} counts prompt and "
+                "continuation together; give more seconds, or a shorter prompt"
+            )
+        chunk = max(self.sample_rate // 10, 1)  # one for both calls: each size is compiled
+        made = generate.generate(
+            self.model, self.params, batch=num_samples, length=length - given, prompt=tokens, chunk=chunk, **settings
+        )
+
+        def pieces() -> Iterator[np.ndarray]:
+            if tokens is not None:
+                yield self._decode(np.broadcast_to(tokens, (num_samples, *tokens.shape[-2:])))
+            for piece in made:
+                yield self._decode(piece.tokens)
+
+        return pieces()
+
+    def _decode(self, tokens: np.ndarray) -> np.ndarray:
+        return audio.decode(tokens, self.config.data.encoding, num_levels=self.config.data.num_levels)[..., 0]
+
+    def _prompt(self, prompt: Any, num_samples: int) -> np.ndarray:
+        """Tokens [time, 1] or [num_samples, time, 1]."""
+        if isinstance(prompt, (str, os.PathLike)):
+            waveform, rate = audio.read_audio(prompt)
+            if rate != self.sample_rate:
+                raise UserError(
+                    f"the prompt {prompt} is at {rate:,} Hz, but the model's audio is at {self.sample_rate:,} Hz; "
+                    "convert it"
+                )
+        else:
+            waveform = np.asarray(prompt)
+        shapes = (waveform.shape[-1:], (num_samples, *waveform.shape[-1:]))
+        if waveform.shape not in shapes or not waveform.size or waveform.dtype.kind != "f":
+            got = f"{waveform.dtype}{list(waveform.shape)}"
+            raise UserError(f"a prompt must be floats [samples] or [{num_samples}, samples], not {got}")
+        if not np.isfinite(waveform).all():
+            raise UserError("the prompt holds samples that are not finite (NaN or infinity)")
+        data = self.config.data
+        scale: dict[str, float] = {} if self.loudness is None else {"low": -1.0, "high": 1.0}
+        rows = np.atleast_2d(waveform)
+        tokens = np.stack([audio.encode(row, data.encoding, num_levels=data.num_levels, **scale) for row in rows])
+        return tokens.reshape(*waveform.shape, 1)
+
+
+def load(path_or_hub_id: str | os.PathLike[str], revision: str | None = None) -> Pretrained:
+    """A model that generates; see `harmonic.load`."""
+    folder, name = Path(path_or_hub_id).expanduser(), str(path_or_hub_id)
+    if folder.is_dir():
+        if revision is not None:
+            raise UserError(f"{name} is a folder here, which has no revisions; leave out revision={revision!r}")
+        return _load_folder(folder)
+    if not isinstance(path_or_hub_id, str) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or folder.exists():
+        raise UserError(f"{name} is neither a folder nor a model of the hub (USER/NAME)")
+    fetched = hub.fetch(name, (CONFIG, WEIGHTS), revision)
+    return read_export(fetched, again=f"remove {hub.cache_folder(name)} and load it again")
+
+
+def _load_folder(folder: Path) -> Pretrained:
+    names = sorted(path.name for path in folder.iterdir())
+    if WEIGHTS in names:
+        return read_export(folder)
+    if "checkpoints" in names or (CONFIG in names and not hub.is_export(_read_json(folder / CONFIG))):
+        return _load_run(folder)
+    if pickles := [name for name in names if name.endswith(_PICKLES)]:
+        raise UserError(
+            f"{folder} has no {WEIGHTS}, and {pickles[0]} is not read: a file of its kind can run code; ask whoever "
+            "made it for safetensors"
+        )
+    raise UserError(f"{folder} is neither an export ({CONFIG}, {WEIGHTS}) nor a run's folder (checkpoints)")
+
+
+def _load_run(workdir: Path) -> Pretrained:
+    from harmonic.checkpoint import load_weights  # and Orbax, which exports do without
+    from harmonic.records import load_manifest
+
+    weights, manifest = load_weights(workdir), load_manifest(workdir)
+    return Pretrained(weights.model, weights.params, weights.config, manifest.sample_rate, manifest.loudness)
+
+
+def read_export(folder: Path, *, again: str = "export it again") -> Pretrained:
+    """Reads an export, and checks it: format, names, shapes and types against its config, checksum, finiteness.
+
+    Args:
+      folder: of `config.json` and `model.safetensors`.
+      again: what to do about damaged files.
+
+    Raises:
+      UserError: says what differs.
+    """
+    about, config = read_config(folder / CONFIG)
+    model = HarmonicRNN(config.model, config.data.num_levels)
+    params = _read_weights(folder / WEIGHTS, model, about["weights"]["sha256"], again)
+    rate, loudness = about["sample_rate"], about["data"]["loudness"]
+    return Pretrained(model, params, config, rate, loudness, {name: about[name] for name in ("weights", "data")})
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: without it nobody knows what model {WEIGHTS} is") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error})") from error
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], Config]:
+    """An export's config.json: (all of it, the run's config within).
+
+    Raises:
+      UserError: it is something else, of another version, or has values that cannot be.
+    """
+    raw = _read_json(path)
+    if not hub.is_export(raw):
+        raise UserError(f"{path} is not that of a HarmonicRNN export; make one with python -m workflows.export")
+    if raw.get("format") != FORMAT:
+        raise UserError(
+            f"{path} is of format {raw.get('format')!r:.20}; this version reads {FORMAT}: update harmonic-rnn"
+        )
+    try:
+        config = from_dict(raw["config"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    rate, weights, data = raw.get("sample_rate"), raw.get("weights"), raw.get("data")
+    loudness = data.get("loudness") if isinstance(data, dict) else ""
+    for name, value, ok in (
+        ("sample_rate", rate, type(rate) is int and rate >= 1),
+        ("weights", weights, isinstance(weights, dict) and isinstance(weights.get("sha256"), str)),
+        ("data", data, loudness is None or type(loudness) in (int, float)),
+    ):
+        if not ok:
+            raise UserError(f"{path} is damaged: {name} is {value!r:.60}")
+    return raw, config
+
+
+def flatten(params: Any) -> dict[str, Any]:
+    """Parameters, or their shapes, by the names that they have in model.safetensors."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _read_weights(path: Path, model: HarmonicRNN, sha256: str, again: str) -> dict[str, Any]:
+    expected = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = {name: ("F32", leaf.shape) for name, leaf in flatten(expected).items()}
+    try:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        # The header first: what differs is worth more than that it does, and a wrong file is not worth reading.
+        with safetensors.safe_open(path, framework="numpy") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}
+            found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+        _check_names(path, shapes, found)
+        if digest != sha256:
+            raise UserError(
+                f"{path} does not match its checksum in {CONFIG}: it is damaged, or of another export; {again}"
+            )
+        arrays = safetensors.numpy.load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; {again}") from None
+    except safetensors.SafetensorError as error:
+        raise UserError(
+            f"{path} cannot be read as safetensors ({error}): it is cut short or damaged; {again}"
+        ) from error
+    check_finite(arrays, str(path))
+    return jax.tree.unflatten(jax.tree.structure(expected), [jax.numpy.asarray(arrays[name]) for name in shapes])
+
+
+def _check_names(path: Path, expected: dict[str, Any], found: dict[str, Any]) -> None:
+    if expected == found:
+        return
+    differing = [f"{name} is missing" for name in expected if name not in found]
+    differing += [f"{name} is superfluous" for name in found if name not in expected]
+    for name in expected.keys() & found.keys():
+        if expected[name] != found[name]:
+            (kind, shape), (theirs, is_there) = expected[name], found[name]
+            differing.append(f"{name} is {theirs}{list(is_there)} there and {kind}{list(shape)} by {CONFIG}")
+    more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+    raise UserError(f"{path} is of another architecture: {'; '.join(sorted(differing)[:3])}{more}")
+
+
+def check_finite(arrays: dict[str, np.ndarray], where: str) -> None:
+    """Refuses weights with NaN or infinity in them.
+
+    Raises:
+      UserError: names the first.
+    """
+    for name, array in arrays.items():
+        if not math.isfinite(float(np.sum(np.abs(array), dtype=np.float64))):
+            raise UserError(f"{where} holds weights that are not finite (NaN or infinity), first in {name}: no model")
