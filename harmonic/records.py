@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -30,10 +31,13 @@ from harmonic.errors import UserError
 FORMAT = 2  # 1 had no hop, no options and no checksum; it is still read
 SPLITS = ("train", "validation", "test")
 MANIFEST_NAME = "manifest.json"
+MAX_CHANNELS = 1_024
 _MAGIC = b"HRN1"
 _PREFIX = struct.Struct("<4sI")  # magic, bytes of the JSON header
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 _CHECKSUM = struct.Struct("<I")  # CRC-32 of everything before it
 _DTYPES: dict[str, np.dtype[Any]] = {"uint8": np.dtype("<u1"), "uint16": np.dtype("<u2")}
+_NAMES = {dtype.newbyteorder(order): name for name, dtype in _DTYPES.items() for order in ("<", ">")}
 
 
 class RecordError(ValueError):
@@ -62,6 +66,7 @@ class Record:
 def encode_record(record: Record) -> bytes:
     """The bytes of a record: magic, header length, JSON header, tokens (little-endian), CRC-32."""
     length, channels = record.tokens.shape
+    dtype = _NAMES[record.tokens.dtype]
     header = json.dumps(
         {
             "recording": record.recording,
@@ -69,43 +74,50 @@ def encode_record(record: Record) -> bytes:
             "length": length,
             "channels": channels,
             "recording_length": record.recording_length,
-            "dtype": record.tokens.dtype.name,
+            "dtype": dtype,
             "label": record.label,
         },
         sort_keys=True,
         separators=(",", ":"),
     ).encode()
-    tokens = np.ascontiguousarray(record.tokens, _DTYPES[record.tokens.dtype.name]).tobytes()
+    tokens = np.ascontiguousarray(record.tokens, _DTYPES[dtype]).tobytes()
     body = _PREFIX.pack(_MAGIC, len(header)) + header + tokens
     return body + _CHECKSUM.pack(zlib.crc32(body))
 
 
-def decode_record(data: bytes) -> Record:
+def decode_record(data: bytes, *, verify: bool = True) -> Record:
     """The record that `encode_record` wrote.
+
+    Args:
+      data: its bytes; the tokens are a view of them.
+      verify: compare with the checksum; not needed where whoever read the bytes has checked them.
 
     Raises:
       RecordError: the bytes are not a record, are cut short, or do not match their checksum.
     """
     if len(data) < _PREFIX.size + _CHECKSUM.size or data[:4] != _MAGIC:
         raise RecordError("not a HarmonicRNN record")
-    (checksum,) = _CHECKSUM.unpack_from(data, len(data) - _CHECKSUM.size)
-    if zlib.crc32(memoryview(data)[: -_CHECKSUM.size]) != checksum:
-        raise RecordError("the record does not match its checksum")
+    if verify:
+        (checksum,) = _CHECKSUM.unpack_from(data, len(data) - _CHECKSUM.size)
+        if zlib.crc32(memoryview(data)[: -_CHECKSUM.size]) != checksum:
+            raise RecordError("the record does not match its checksum")
     _, header_length = _PREFIX.unpack_from(data)
     start, stop = _PREFIX.size + header_length, len(data) - _CHECKSUM.size
     try:
-        header = json.loads(data[_PREFIX.size : start])
+        header = json.loads(data[_PREFIX.size : start].decode())
         dtype = _DTYPES[header["dtype"]]
-        shape = (int(header["length"]), int(header["channels"]))
-        tokens = np.frombuffer(memoryview(data)[start:stop], dtype).reshape(shape)
-        return Record(
-            recording=str(header["recording"]),
-            offset=int(header["offset"]),
-            recording_length=int(header["recording_length"]),
-            tokens=tokens,
-            label=None if header["label"] is None else str(header["label"]),
-        )
-    except (ValueError, KeyError, TypeError) as error:
+        length, channels = header["length"], header["channels"]
+        tokens = np.frombuffer(memoryview(data)[start:stop], dtype)
+        if type(length) is not int or type(channels) is not int or not (length >= 0 < channels <= MAX_CHANNELS):
+            raise ValueError(f"it has {length!r:.20} samples of {channels!r:.20} channels")
+        recording, label = header["recording"], header["label"]
+        if type(recording) is not str or not (label is None or type(label) is str):
+            raise ValueError("recording and label must be text")
+        offset, recording_length = header["offset"], header["recording_length"]
+        if not (type(offset) is type(recording_length) is int and 0 <= offset < 2**63 > recording_length >= 0):
+            raise ValueError(f"it stands at {offset!r:.20} of {recording_length!r:.20} samples")
+        return Record(recording, offset, recording_length, tokens.reshape(length, channels), label)
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise RecordError(f"the record's header does not describe its {stop - start} bytes: {error}") from error
 
 
@@ -310,8 +322,10 @@ def read_index(folder: str | os.PathLike[str], shard: Shard) -> Iterator[Recordi
 
 def index_line(recording: Recording) -> bytes:
     """A recording's line in the index."""
-    return json.dumps(dataclasses.asdict(recording), separators=(",", ":")).encode() + b"\n"
+    return _INDEX_LINE.encode(vars(recording)).encode() + b"\n"
 
+
+_INDEX_LINE = json.JSONEncoder(separators=(",", ":"))
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "str": str,
@@ -328,8 +342,8 @@ def _field(raw: Any, name: str, kind: type | tuple[type, ...]) -> Any:
     value = raw[name]
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ValueError(f"{name} is {value!r:.60}")
-    if isinstance(value, int) and value < 0:
-        raise ValueError(f"{name} is {value}, below zero")
+    if isinstance(value, int) and not 0 <= value < 2**63:
+        raise ValueError(f"{name} is {'below zero' if value < 0 else 'too large'}")
     return value
 
 
@@ -348,7 +362,7 @@ def _split(splits: dict[str, Any], name: str) -> Split:
     shards = tuple(_row(Shard, row) for row in _field(raw, "shards", list))
     for shard in shards:
         for file in (shard.file, shard.index_file):
-            if os.path.basename(file) != file or file in ("", ".", ".."):
-                raise ValueError(f"{file!r} is not a plain file name")
+            if not _FILE_NAME.fullmatch(file):
+                raise ValueError(f"{file!r:.60} is not a plain file name")
     totals = {key: _field(raw, key, int) for key in ("recordings", "windows", "samples")}
     return Split(**totals, shards=shards)

@@ -22,9 +22,11 @@ from typing import Any
 
 from harmonic.audio import ENCODINGS, MAX_LEVELS, SAMPLE_RATE, token_dtype
 from harmonic.errors import UserError
+from harmonic.locks import writing
 from harmonic.records import SPLITS, Manifest
 from pipelines.array_record_io import (
     clear,
+    clear_stages,
     create_folder,
     import_beam,
     is_local,
@@ -32,6 +34,7 @@ from pipelines.array_record_io import (
     missing_files,
     read_manifest,
     stage_folder,
+    stage_listing,
 )
 from pipelines.own_config import remove_config, write_config
 from pipelines.remote import shown
@@ -40,10 +43,16 @@ from pipelines.sources import DATA_SETS, DataSet, Source, SourceRecording, data_
 from pipelines.splits import DEFAULT_RULE, DEFAULT_SHARES, SplitRule, split_rule
 
 SHARD_BYTES = 32 << 20  # of source for each shard
+# of each split. The manifest lists them all, and one step holds it: 40 MB of text at most for a split.
+MAX_SHARDS = 65_536
+# A longer listing does not travel with the job, which Dataflow would refuse: it is staged beside the shards.
+MAX_IN_GRAPH = 20_000
+_LISTING_ROWS = 20_000  # recordings in each of its files
 MAX_RECORD_LENGTH = 1 << 24
 _POLL_SECONDS = 0.5
 
-Progress = Callable[[int, int], None]  # (recordings done, recordings in all)
+# (recordings done, recordings in all, seconds of audio done, share of the source's bytes that is done)
+Progress = Callable[[int, int, float, float], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,15 +141,27 @@ def prepare(spec: PrepareSpec, options: Sequence[str] = (), progress: Progress |
                     f"{folder} lacks {len(existing.skipped)} recordings that could not be read; give --allow_skipped "
                     "to use it as it is, or --overwrite to prepare it again"
                 )
-            with contextlib.suppress(UserError):  # it may lie where nothing can be written
+            with contextlib.suppress(UserError), _alone(folder):  # it may lie where nothing can be written
+                clear_stages(folder)  # of a run that was killed when all was written
                 write_config(folder, existing)
             return existing
     source = source or open_source(dataset, str(spec.source), runner)
     try:
         described = describe(spec, _fingerprint(source, spec, rule), rule.name)
-        return _run(spec, dataset, source, rule, described, folder, options, progress)
+        create_folder(folder)
+        with _alone(folder):
+            if not spec.overwrite and read_manifest(folder) != existing:
+                raise UserError(f"another run has just written {folder}; run the same command again")
+            return _run(spec, dataset, source, rule, described, folder, options, progress)
     finally:
         source.close()
+
+
+def _alone(folder: str) -> contextlib.AbstractContextManager[None]:
+    """Holds a local folder against other runs, by a file beside it: within stand the data set's files alone."""
+    if not is_local(folder):
+        return contextlib.nullcontext()  # publishing notices
+    return writing(folder, file=join(os.path.dirname(folder), f".{os.path.basename(folder)}.lock"))
 
 
 def _as_it_stands(spec: PrepareSpec, existing: Manifest) -> PrepareSpec:
@@ -288,7 +309,7 @@ def build(
       run: 32 hexadecimal digits, different for every run.
       num_shards: as in `PrepareSpec`.
       complete: whether a recording that cannot be read is an error.
-      progress: a local file that gets one byte a recording, or None.
+      progress: a local file that gets entries of what was done, or None.
 
     Returns:
       A collection of one element, the manifest that was written.
@@ -297,11 +318,17 @@ def build(
 
     from pipelines import transforms
 
-    counts = transforms.shard_counts(recordings, SHARD_BYTES, num_shards)
+    counts = transforms.shard_counts(recordings, SHARD_BYTES, num_shards, MAX_SHARDS)
     listed = {split: sum(recording.split == split for recording in recordings) for split in SPLITS}
+    if len(recordings) <= MAX_IN_GRAPH:
+        listed_recordings = pipeline | "Recordings" >> beam.Create(list(recordings), reshuffle=False)
+    else:
+        files = stage_listing(folder, run, recordings, _LISTING_ROWS)
+        listed_recordings = (
+            pipeline | "Listing" >> beam.Create(files) | "ReadListing" >> beam.FlatMap(transforms.read_listing)
+        )
     return (
-        pipeline
-        | "Recordings" >> beam.Create(list(recordings), reshuffle=False)
+        listed_recordings
         | "KeyByShard" >> beam.ParDo(transforms.KeyByShard(counts))
         | "Group" >> beam.GroupByKey()
         | "WriteShard" >> beam.ParDo(transforms.WriteShard(source, counts, described, folder, run, progress))
@@ -333,11 +360,10 @@ def _run(
 
     pipeline_options = PipelineOptions(options)
     pipeline_options.view_as(SetupOptions).save_main_session = False
-    create_folder(folder)
     remove_config(folder)
     clear(folder)
     run = uuid.uuid4().hex
-    with quiet(), _watch(progress, len(recordings), stage_folder(folder, run)) as progress_file:
+    with quiet(), _watch(progress, recordings, stage_folder(folder, run)) as progress_file:
         try:
             pipeline = beam.Pipeline(local_runner(pipeline_options), options=pipeline_options)
             build(
@@ -369,20 +395,32 @@ def _run(
 
 
 @contextlib.contextmanager
-def _watch(progress: Progress | None, total: int, stage: str) -> Iterator[str | None]:
-    """A file for workers to note each recording in, and a thread that reports its length."""
+def _watch(progress: Progress | None, recordings: Sequence[SourceRecording], stage: str) -> Iterator[str | None]:
+    """A file for workers to note what they did in, and a thread that reports it."""
     if progress is None:
         yield None
         return
+    from pipelines.transforms import PROGRESS_ENTRY
+
     stop = threading.Event()
+    total, size = len(recordings), max(sum(recording.size for recording in recordings), 1)
     with tempfile.TemporaryDirectory(prefix="harmonic-progress-") as folder:
         # A local run's file stands with its shards, so that the next run clears it away if this one is killed.
         path = join(stage, "progress") if is_local(stage) else join(folder, "progress")
 
         def report() -> None:
+            read, sums = 0, [0, 0, 0]
             while not stop.wait(_POLL_SECONDS):
                 with contextlib.suppress(OSError):
-                    progress(min(os.path.getsize(path), total), total)
+                    with open(path, "rb") as file:
+                        file.seek(read)
+                        data = file.read()
+                    data = data[: len(data) // PROGRESS_ENTRY.size * PROGRESS_ENTRY.size]
+                    read += len(data)
+                    sums = [sum(values) for values in zip(sums, *PROGRESS_ENTRY.iter_unpack(data), strict=True)]
+                    # What a worker had to do again counts twice.
+                    done, source_bytes = min(sums[0], total), min(sums[1] / size, 1.0)
+                    progress(done, total, sums[2] / SAMPLE_RATE, source_bytes)
 
         thread = threading.Thread(target=report, daemon=True)
         thread.start()

@@ -28,16 +28,35 @@ class ProgressLine:
     def __init__(self, stream: TextIO, unit: str = "recordings"):
         self._stream, self._unit = stream, unit
         self._terminal = stream.isatty()
-        self._started = self._last = time.monotonic()
+        self._last = time.monotonic()
+        self._first: tuple[float, int, float, float] | None = None  # when work was first seen to be done, and how much
         self._shown = False
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, done: int, total: int, seconds: float = 0.0, share: float | None = None) -> None:
+        """Shows, not too often, how far things are.
+
+        Args:
+          done, total: of the unit.
+          seconds: of audio that are done, where that is known.
+          share: of the work that is done, where that is not done / total.
+        """
         now = time.monotonic()
-        if now - self._last < (_TERMINAL_SECONDS if self._terminal else _PLAIN_SECONDS) or not done:
+        share = done / total if share is None else share
+        if self._first is None and (done or seconds):
+            self._first = now, done, seconds, share  # what the start takes says nothing of what is left
+        if self._first is None or now - self._last < (_TERMINAL_SECONDS if self._terminal else _PLAIN_SECONDS):
+            return
+        since, done_before, seconds_before, share_before = self._first
+        passed = now - since
+        if not passed:
             return
         self._last = now
-        rate = done / (now - self._started)
-        text = f"{done:,} of {total:,} {self._unit}, {rate:,.1f} a second, {duration((total - done) / rate)} left"
+        text = f"{done:,} of {total:,} {self._unit}, {(done - done_before) / passed:,.1f} a second"
+        if seconds:
+            rate = (seconds - seconds_before) / passed / 3600
+            text += f"; {seconds / 3600:,.2f} hours of audio, {rate:.3f} a second"
+        if share > share_before:
+            text += f"; {duration((1 - share) * passed / (share - share_before))} left"
         self._stream.write(f"\r\033[K{text}" if self._terminal else f"{text}\n")
         self._stream.flush()
         self._shown = True

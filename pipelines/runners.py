@@ -82,7 +82,8 @@ def check_output(folder: str, runner: str) -> None:
 # A worker process. Beam's own command lets it log to stderr until it has read the options, which never reach it, and
 # lets it work on, for as long as its share takes, when the process that started it has been killed.
 _WORKER = """
-import logging, os, signal, sys, threading, time
+import gc, logging, os, signal, sys, threading, time
+gc.disable()  # it would go over all that is being imported again and again
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all: leave when the parent has
 handler = logging.StreamHandler()
 handler.setLevel(logging.CRITICAL)
@@ -93,6 +94,8 @@ def leave_with_parent():
     os._exit(1)
 threading.Thread(target=leave_with_parent, daemon=True).start()
 from apache_beam.runners.worker import sdk_worker_main
+gc.freeze()
+gc.enable()
 sys.stderr = open(os.devnull, "w")  # to where it prints every error that it reports anyway
 try:
     sdk_worker_main.main([])

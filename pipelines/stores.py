@@ -22,8 +22,11 @@ from pipelines.array_record_io import one_line, scratch_errors
 from pipelines.remote import CloudFile, RangeReader, Refused, RemoteFile, cloud_errors, cloud_tag, file_system, shown
 
 SPOOL_BYTES = 8 << 20  # what is larger goes to a temporary file
-# Deflate cannot shrink anything by more than 1,032 to 1: what claims more is a decompression bomb.
-MAX_RATIO = 1_032
+# Beyond the first bytes, what shrinks by more than that is a decompression bomb. (Deflate and FLAC shrink silence by up
+# to 1,000 to 1; hours of nothing else are no recording.)
+MAX_RATIO = 100
+RATIO_SLACK = 256 << 20  # bytes that may come out before the ratio is looked at
+_AT_ONCE_BYTES = 256 << 10  # of a file that is read at once
 _HEADER_SLACK = 256  # bytes by which a zip member's own header may be longer than what the directory says of it
 _DAMAGED = (
     zipfile.BadZipFile,
@@ -87,11 +90,16 @@ class Folder(Store):
     def open(self, name: str) -> BinaryIO:
         full = os.path.join(self.path, *name.split("/"))
         try:
-            if not stat.S_ISREG(os.stat(full).st_mode):
+            status = os.stat(full)
+            if not stat.S_ISREG(status.st_mode):
                 raise Unreadable("is not a regular file")
-            return io.BufferedReader(_LocalFile(full))
+            file = io.BufferedReader(_LocalFile(full))
         except OSError as error:
             raise Unreadable(f"cannot be opened: {error.strerror}") from error
+        if status.st_size > _AT_ONCE_BYTES:
+            return file
+        with file:  # libsndfile jumps about in a file's head
+            return io.BytesIO(file.read(_AT_ONCE_BYTES))
 
     def stamp(self, name: str) -> tuple[object, ...]:
         try:
@@ -151,7 +159,7 @@ class Archive(Store):
     def sizes(self) -> dict[str, int]:
         sizes = {}
         for info in self._open().infolist():
-            if info.is_dir() or hidden(info.filename):
+            if not info.filename or info.is_dir() or hidden(info.filename):  # cut off at a NUL, a name may be empty
                 continue
             if info.flag_bits & 1:
                 raise UserError(f"{self.path} is encrypted; unpack it and give the folder as --source")
@@ -168,7 +176,10 @@ class Archive(Store):
         except KeyError:
             raise UserError(f"{self.path} changed while it was read: {name!r} is gone; run again") from None
         if not _is_plausible(info):
-            raise Unreadable(f"claims {info.file_size} bytes out of {info.compress_size}, which cannot be")
+            raise Unreadable(
+                f"claims {info.file_size:,} bytes out of {info.compress_size:,}, more than {MAX_RATIO} to 1: "
+                "that is a decompression bomb"
+            )
         if self._reader is not None:
             names = len(info.orig_filename.encode()) + len(info.extra)
             self._reader.expect(info.header_offset + 30 + names + info.compress_size + _HEADER_SLACK)
@@ -194,7 +205,7 @@ class Archive(Store):
 
 
 def _is_plausible(info: zipfile.ZipInfo) -> bool:
-    return info.file_size <= MAX_RATIO * info.compress_size + 64
+    return info.file_size <= MAX_RATIO * info.compress_size + RATIO_SLACK
 
 
 class CloudFolder(Store):
@@ -300,7 +311,7 @@ def check_ratio(name: str, unpacked: int, packed: int) -> None:
     Raises:
       UserError: more comes out of it than can have been put in.
     """
-    if unpacked > MAX_RATIO * packed + 64:
+    if unpacked > MAX_RATIO * packed + RATIO_SLACK:
         raise UserError(
             f"{name} holds {unpacked:,} bytes in {packed:,}, more than {MAX_RATIO:,} to 1: that is a decompression "
             "bomb and no archive of recordings; give another --source"

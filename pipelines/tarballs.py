@@ -28,7 +28,6 @@ from pipelines.remote import RemoteFile
 from pipelines.stores import Store, Unreadable, check_ratio, hidden, is_still, locked, spooled
 
 _BLOCK_BYTES = 1 << 20  # also the longest header that is read: a hostile one could claim gigabytes
-_RATIO_SLACK = 64 << 20  # bytes that may come out before the ratio is looked at: what was read ahead is small
 _XZ_MEMORY = 256 << 20  # bytes; `xz -9` takes 65 MiB
 _MAGIC = {b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\0": "xz"}
 _DAMAGED = (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, ValueError, OverflowError)
@@ -176,7 +175,7 @@ class Tar(Store):
                 if not block:
                     break
                 count += len(block)
-                check_ratio(self.path, count - _RATIO_SLACK, packed.tell())
+                check_ratio(self.path, count, packed.tell())
                 target.write(block)
         target.flush()
 

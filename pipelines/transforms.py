@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
+import gzip
+import json
+import math
+import struct
 import time
 import zlib
 from collections.abc import Iterable, Iterator
@@ -19,6 +24,7 @@ from pipelines.array_record_io import (
     WrittenShard,
     clear,
     one_line,
+    open_file,
     publish,
     scratch_errors,
     shard_name,
@@ -26,6 +32,9 @@ from pipelines.array_record_io import (
 from pipelines.sources import Source, SourceRecording, natural_key
 from pipelines.stores import Unreadable
 from pipelines.waveforms import measure
+
+PROGRESS_ENTRY = struct.Struct("<QQQ")  # recordings, bytes of the source and samples since the last entry
+_REPORT_SECONDS = 0.2
 
 
 def shard_of(recording: SourceRecording, counts: dict[str, int]) -> tuple[str, int]:
@@ -37,10 +46,13 @@ def _hash(recording: SourceRecording) -> int:
     return zlib.crc32((recording.group or recording.id).encode())
 
 
-def shard_counts(recordings: Iterable[SourceRecording], shard_bytes: int, wanted: int | None = None) -> dict[str, int]:
+def shard_counts(
+    recordings: Iterable[SourceRecording], shard_bytes: int, wanted: int | None = None, most: int = 65_536
+) -> dict[str, int]:
     """How many shards each split gets: a function of the listing alone.
 
-    `wanted`, or one for every `shard_bytes` of source; fewer where the recordings' hashes would leave a shard empty.
+    `wanted`, or one for every `shard_bytes` of source and at most `most`; fewer where the recordings' hashes would
+    leave a shard empty.
     """
     ids: dict[str, list[int]] = {split: [] for split in SPLITS}
     sizes = dict.fromkeys(SPLITS, 0)
@@ -49,11 +61,18 @@ def shard_counts(recordings: Iterable[SourceRecording], shard_bytes: int, wanted
         sizes[recording.split] += recording.size
     counts = {}
     for split, hashes in ids.items():
-        count = min(wanted or -(-sizes[split] // shard_bytes), len(hashes))
+        count = min(wanted or min(-(-sizes[split] // shard_bytes), most), len(hashes))
         while count > 1 and len({value % count for value in hashes}) < count:
             count -= -(-count // 16)
         counts[split] = max(count, 1)
     return counts
+
+
+def read_listing(path: str) -> Iterator[SourceRecording]:
+    """The recordings of a file of `stage_listing`."""
+    with open_file(path) as file:
+        for line in gzip.decompress(file.read()).splitlines():
+            yield SourceRecording(*json.loads(line))
 
 
 class KeyByShard(beam.DoFn):
@@ -74,7 +93,7 @@ class WriteShard(beam.DoFn):
       counts: shards by split.
       manifest: what the data set is; its splits and skipped recordings are not looked at.
       folder, run: where to stage the shard, as for `ShardWriter`.
-      progress: a local file that gets one byte a recording, or None.
+      progress: as for `Meter`.
     """
 
     def __init__(
@@ -93,21 +112,24 @@ class WriteShard(beam.DoFn):
         (split, index), recordings = element
         skipped = []
         m = self._manifest
+        meter = Meter(self._progress)
         with ShardWriter(self._folder, self._run, m.window_length, m.hop_length) as writer:
             for recording in sorted(recordings, key=lambda recording: natural_key(recording.id)):
-                started = time.monotonic()
                 try:
-                    self._write(writer, recording)
+                    self._write(writer, recording, meter)
+                    meter.add("recordings")
                 except Unreadable as error:
                     skipped.append(Skipped(recording.id, split, str(error)))
-                    _count("skipped")
-                _count("milliseconds", round(1000 * (time.monotonic() - started)))
-                self._report()
+                    meter.add("skipped")
+                meter.add("done")
+                meter.add("source_bytes", recording.size)
+                meter.report()
+            meter.report(at_once=True)
             name = shard_name(split, index, self._counts[split])
             shard, staged = writer.stage(name)
         yield WrittenShard(split, shard, staged, tuple(skipped))
 
-    def _write(self, writer: ShardWriter, recording: SourceRecording) -> None:
+    def _write(self, writer: ShardWriter, recording: SourceRecording, meter: Meter) -> None:
         m = self._manifest
         with (
             self._source.open(recording.id) as file,
@@ -117,7 +139,9 @@ class WriteShard(beam.DoFn):
             with scratch_errors():
                 for offset, tokens in waveform.pieces(m.encoding, m.num_levels, m.record_length):
                     record = Record(recording.id, offset, waveform.length, tokens, recording.label)
-                    _count("bytes", writer.write(record))
+                    meter.add("bytes", writer.write(record))
+                    meter.add("samples", len(tokens))
+                    meter.report()
                     records += 1
             writer.end_recording(
                 Recording(
@@ -133,20 +157,43 @@ class WriteShard(beam.DoFn):
                     cut_back=waveform.cut[1],
                 )
             )
-            _count("recordings")
-            _count("samples", waveform.length)
 
-    def _report(self) -> None:
+
+class Meter:
+    """Counts what a worker does, and tells Beam's counters and the progress file of it now and then: for each short
+    recording both would cost as much as quantising it.
+
+    Args:
+      progress: a local file to which entries of `PROGRESS_ENTRY` are appended, or None.
+    """
+
+    def __init__(self, progress: str | None):
+        self._progress = progress
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._started = time.monotonic()
+        self._reported = -math.inf
+
+    def add(self, name: str, value: int = 1) -> None:
+        """Adds to a counter."""
+        self._counts[name] += value
+
+    def report(self, at_once: bool = False) -> None:
+        """Tells what was counted since the last time, if that is long enough ago."""
+        now = time.monotonic()
+        if now - self._reported < _REPORT_SECONDS and not at_once:
+            return
+        counts, self._counts = self._counts, collections.Counter()
+        counts["milliseconds"] = round(1000 * (now - self._started))
+        self._started = self._reported = now
+        for name, value in counts.items():
+            if name not in ("done", "source_bytes"):
+                _counter(name).inc(value)
         if self._progress is not None:
             try:
                 with open(self._progress, "ab") as file:
-                    file.write(b".")
+                    file.write(PROGRESS_ENTRY.pack(counts["done"], counts["source_bytes"], counts["samples"]))
             except OSError:  # progress is not worth a run
                 self._progress = None
-
-
-def _count(name: str, value: int = 1) -> None:
-    _counter(name).inc(value)
 
 
 @functools.cache

@@ -25,7 +25,7 @@ import soxr
 from harmonic.audio import SAMPLE_RATE, encode, token_dtype
 from pipelines import levels
 from pipelines.array_record_io import one_line, scratch_errors
-from pipelines.stores import SPOOL_BYTES, Unreadable
+from pipelines.stores import MAX_RATIO, RATIO_SLACK, SPOOL_BYTES, Unreadable
 
 MIN_RATE, MAX_RATE = 1_000, 768_000  # Hz
 _BLOCK_VALUES = 1 << 17  # samples times channels that are decoded at once
@@ -33,11 +33,12 @@ _UNKNOWN_SIZES = (0, 0xFFFFFFFF)  # in the header of a WAV file that was written
 _MP3_SLACK = 2 * 1_152  # samples; encoders' own delays make MP3 headers vague by up to two frames
 _MAX_OGG_PAGE = 27 + 255 + 255 * 255  # bytes
 _UNKNOWN_FRAMES = 1 << 62
+_EXACT_FORMATS = ("WAV", "WAVEX", "FLAC")  # which hold as many frames as they say: no read is needed to find the end
 
 
-def check_whole(file: BinaryIO) -> None:
+def check_whole(file: BinaryIO) -> int:
     """Compares what the header of a WAV, AIFF, W64 or AU file claims with what is there, and looks for the end of an
-    OGG stream: libsndfile reads what there is, and says nothing.
+    OGG stream: libsndfile reads what there is, and says nothing. Returns the file's bytes.
 
     Raises:
       Unreadable: the file is empty or cut short.
@@ -60,6 +61,7 @@ def check_whole(file: BinaryIO) -> None:
         if not page[5] & 4:
             raise Unreadable("is cut short: its last page does not end the stream")
     file.seek(0)
+    return size
 
 
 def _claimed_end(file: BinaryIO, size: int) -> int:
@@ -100,7 +102,7 @@ def decode(file: BinaryIO) -> tuple[int, Iterator[np.ndarray]]:
     Raises:
       Unreadable: not audio that libsndfile reads, damaged or cut short (now or while the blocks are taken).
     """
-    check_whole(file)
+    size = check_whole(file)
     try:
         with _interrupts_held():
             audio = soundfile.SoundFile(file)
@@ -110,10 +112,10 @@ def decode(file: BinaryIO) -> tuple[int, Iterator[np.ndarray]]:
         rate = audio.samplerate
         audio.close()
         raise Unreadable(f"has a sample rate of {rate} Hz, not between {MIN_RATE} and {MAX_RATE}")
-    return audio.samplerate, _blocks(audio)
+    return audio.samplerate, _blocks(audio, size)
 
 
-def _blocks(audio: soundfile.SoundFile) -> Iterator[np.ndarray]:
+def _blocks(audio: soundfile.SoundFile, size: int) -> Iterator[np.ndarray]:
     rate = audio.samplerate
     resampler = (
         soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ") if rate != SAMPLE_RATE else None
@@ -129,8 +131,13 @@ def _blocks(audio: soundfile.SoundFile) -> Iterator[np.ndarray]:
             if not len(block):
                 break
             count += len(block)
-            mono = block.mean(axis=1, dtype=np.float32)
+            if 2 * count * audio.channels > MAX_RATIO * size + RATIO_SLACK:
+                raise Unreadable(f"holds more than {MAX_RATIO:,} times its bytes: that is a decompression bomb")
+            # Of one channel the mean is itself, at a third of what a short recording takes to decode.
+            mono = block[:, 0] if audio.channels == 1 else block.mean(axis=1, dtype=np.float32)
             yield mono if resampler is None else resampler.resample_chunk(mono)
+            if count == audio.frames and audio.format in _EXACT_FORMATS:
+                break
         slack = _MP3_SLACK if audio.format in ("MP3", "MPEG") else 0
         if count + slack < audio.frames < _UNKNOWN_FRAMES:
             raise Unreadable(f"is cut short: {count} samples of {audio.frames}")

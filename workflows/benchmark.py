@@ -6,6 +6,8 @@ python -m workflows.benchmark --suite=train --length=960512 --set=train.segment_
 python -m workflows.benchmark --suite=generate --batch=1 --batch=32
 python -m workflows.benchmark --suite=loader
 python -m workflows.benchmark --suite=scaling --length=10240 --batch=8
+python -m workflows.benchmark --suite=prepare
+python -m workflows.benchmark --suite=prepare --hours=50
 
 A row names the platform, what was measured (config, shape, dtype) and samples_per_second (a sample is a token, or a
 step of the scan); `over_...`, `faster_than_...` and `..._of_...` are ratios to what was measured in the same run.
@@ -21,10 +23,20 @@ from typing import Any
 from absl import flags
 
 from harmonic.config import load_config, override
-from workflows import bench_generate, bench_loader, bench_scaling, bench_scan, bench_train, cli, stages
+from workflows import (
+    bench_generate,
+    bench_hours,
+    bench_loader,
+    bench_prepare,
+    bench_scaling,
+    bench_scan,
+    bench_train,
+    cli,
+    stages,
+)
 
 # The train suite comes first: its processes need the accelerator that the others do not give back.
-_SUITES = ("train", "scan", "generate", "loader", "scaling")
+_SUITES = ("train", "scan", "generate", "loader", "prepare", "scaling")
 _BASELINE = 32_000  # samples a step, which take the plain model 17 GB
 _SUITE = flags.DEFINE_enum("suite", "all", [*_SUITES, "all"], "what to measure")
 _LENGTH = flags.DEFINE_multi_integer(
@@ -44,6 +56,9 @@ _PLAIN = flags.DEFINE_bool(
     None,
     "in the train suite also the plain model, by associative_scan and by lax.scan, in one segment; by default with "
     f"--suite=train up to {_BASELINE:,} samples a step, which take it 17 GB",
+)
+_HOURS = flags.DEFINE_float(
+    "hours", None, "in the prepare suite: so many hours of audio instead, and the memory of each process", lower_bound=0
 )
 flags.adopt_module_key_flags(cli)
 
@@ -71,6 +86,7 @@ def main() -> None:
         "scan": bench_scan.suite,
         "generate": lambda: bench_generate.suite(cli.config_from_flags("sc09"), _BATCH.value or (1, 8, 32)),
         "loader": _loader,
+        "prepare": lambda: bench_hours.suite(_HOURS.value) if _HOURS.value else bench_prepare.suite(),
         "scaling": lambda: bench_scaling.suite(
             cli.config_from_flags("sc09"), (_BATCH.value or [8])[0], (_LENGTH.value or [10_240])[0]
         ),
