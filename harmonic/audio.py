@@ -7,13 +7,16 @@ precision up to 6 % of the tokens of a very quiet recording differ.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import BinaryIO
 
 import numpy as np
 import soundfile
 
 from harmonic.errors import UserError
+from harmonic.files import write_errors
 
 SAMPLE_RATE = 16_000  # Hz, of every published data set
 ENCODINGS = ("mu_law", "linear")
@@ -114,7 +117,26 @@ def read_audio(file: str | os.PathLike[str] | BinaryIO, *, name: str | None = No
 
 
 def write_wav(path: str | os.PathLike[str], waveform: np.ndarray, sample_rate: int = SAMPLE_RATE) -> None:
-    """Writes float samples [time] in [-1, 1] as a 16-bit PCM WAV file, whole or not at all."""
+    """Writes float samples [time] in [-1, 1] as a 16-bit PCM WAV file, whole or not at all.
+
+    Raises:
+      UserError: it cannot be written.
+    """
     temporary = f"{os.fspath(path)}.partial"
-    soundfile.write(temporary, np.clip(waveform, -1, 1), sample_rate, subtype="PCM_16", format="WAV")
-    os.replace(temporary, path)
+    with wav_errors(path):
+        soundfile.write(temporary, np.clip(waveform, -1, 1), sample_rate, subtype="PCM_16", format="WAV")
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def wav_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns what libsndfile, which keeps the reason to itself, or the system says of a file that cannot be written into
+    a UserError."""
+    try:
+        with write_errors(path):
+            yield
+    except soundfile.LibsndfileError as error:
+        raise UserError(
+            f"cannot write {path} ({error.error_string}); make room there, or make it writable, then the same command "
+            "goes on"
+        ) from error

@@ -1,26 +1,38 @@
 """Checkpoints of a run: Orbax, whole or absent, the latest and the best on validation kept.
 
 A checkpoint has the items `params`, `ema`, `optimizer` and `meta` (JSON: model, step, data iterator, validation), so
-that evaluation and generation read the weights alone.
+that evaluation and generation read the weights alone. Last of all its `checksums.txt` is written, over all its files:
+without it there is no checkpoint, and what no longer agrees with it is not used.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import logging
+import math
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from harmonic import files, processes
 from harmonic.config import Config, load_config
 from harmonic.errors import UserError
 from harmonic.models import HarmonicRNN
 
 _ITEMS = ("params", "ema", "optimizer")
 _FOLDER = "checkpoints"
+_CHECKSUMS = "checksums.txt"
+_TRIES = 5  # to read a checkpoint of a run that still trains, and removes the old ones
+_NATIVE = {"No space left": "no space is left", "File too large": "a file may not become that large"}
+_LEAVING = "leaving"  # checkpoints are renamed into it before they are removed: a kill leaves no half of one
 
 logging.getLogger("orbax").setLevel(logging.ERROR)
 logging.getLogger("absl").setLevel(logging.WARNING)
@@ -40,6 +52,11 @@ class Checkpoints:
             raise UserError(
                 f"{workdir} has no checkpoints; train it first: python -m workflows.train --workdir={workdir}"
             )
+        self._lead = not read_only and processes.current()[0] == 0
+        if self._lead:
+            self._mend()
+        if not read_only:
+            processes.gather("")  # before the others look
         together = ocp.options.MultiprocessingOptions()
         if read_only:
             index = jax.process_index()
@@ -67,7 +84,11 @@ class Checkpoints:
                         ),
                     ]
                 ),
-                cleanup_tmp_directories=not read_only,
+                # Without it Orbax writes no metrics, and whoever opens the folder again knows of no best.
+                best_fn=lambda metrics: -metrics["validation"],
+                # A damaged checkpoint must not keep a reader from the others.
+                lightweight_initialize=read_only,
+                todelete_subdir=None if read_only else _LEAVING,
                 enable_async_checkpointing=False,
                 read_only=read_only,
                 create=not read_only,
@@ -93,7 +114,76 @@ class Checkpoints:
                 force=True,
             )
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot write checkpoint {step} in {self.folder}: {_first_line(error)}") from error
+            raise self._not_written(step, error) from error
+        if self._lead:
+            folder = self.folder / str(step)
+            files.write_whole(folder / _CHECKSUMS, files.checksums(folder, but=_CHECKSUMS))
+            shutil.rmtree(self.folder / _LEAVING, ignore_errors=True)
+
+    def _not_written(self, step: int, error: Exception) -> UserError:
+        """The line for a checkpoint that could not be written, of which nothing stays."""
+        if self._lead:
+            for left in self.folder.glob(f"{step}.*tmp*"):
+                shutil.rmtree(left, ignore_errors=True)
+        if isinstance(error, OSError):
+            return files.cannot_write(self.folder / str(step), error)
+        reason = next((r for sign, r in _NATIVE.items() if sign in str(error)), _first_line(error))
+        return UserError(
+            f"cannot write {self.folder / str(step)}: {reason}; make room there, or make it writable, then the same "
+            "command goes on"
+        )
+
+    def _mend(self) -> None:
+        """Removes checkpoints that were never finished, and sets aside those that are no more as they were written.
+
+        Raises:
+          UserError: the latter are all there is.
+        """
+        with files.write_errors(self.folder):
+            # Orbax would remove temporary folders in a thread, which trips over itself.
+            for left in (self.folder / _LEAVING, *self.folder.glob("*.orbax-checkpoint-tmp*")):
+                shutil.rmtree(left, ignore_errors=True)
+            steps = [int(path.name) for path in self.folder.glob("[0-9]*") if path.name.isdigit()]
+            found = {step: files.changes(self.folder / str(step), _CHECKSUMS) for step in sorted(steps)}
+            damaged = {step: names for step, names in found.items() if names}
+            if damaged and [] not in found.values():
+                raise self._none_left(*max(damaged.items()))
+            for step, names in damaged.items():
+                aside = self.folder / f"damaged-{step}"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.folder / str(step)).rename(aside)
+                _say(f"{self._fault(step, names)}; it is set aside as {aside.name}")
+            for step in (step for step, names in found.items() if names is None):
+                shutil.rmtree(self.folder / str(step))
+                _say(f"checkpoint {step} in {self.folder} was never finished; it is removed")
+
+    def _fault(self, step: int, names: list[str]) -> str:
+        others = f" and {len(names) - 1} more files are" if len(names) > 1 else " is"
+        return f"checkpoint {step} in {self.folder} is damaged: {names[0]}{others} not as written"
+
+    def _none_left(self, step: int, names: list[str]) -> UserError:
+        return UserError(
+            f"{self._fault(step, names)}, and no other can take its place; bring one back from a copy, or give another "
+            "--workdir"
+        )
+
+    def whole(self, which: str | int = "latest") -> int | None:
+        """Like `step`, of checkpoints whose files are as they were written; a line says what is left out.
+
+        Raises:
+          UserError: no checkpoint of that step, or none that is not damaged.
+        """
+        named = which not in ("latest", "best")
+        steps = self._ranked(which, self._finished()) if named else self._finished()
+        found = {step: files.changes(self.folder / str(step), _CHECKSUMS) for step in steps}
+        ranked = self._ranked(which, [step for step, names in found.items() if names == []]) if not named else steps
+        chosen = next((step for step in ranked if found[step] == []), None)
+        damaged = {step: names for step, names in found.items() if names and (which == "best" or step > (chosen or -1))}
+        if damaged and chosen is None:
+            raise self._none_left(*max(damaged.items()))
+        for step, names in damaged.items():
+            _say(f"{self._fault(step, names)}; it is left out, and {chosen} is used")
+        return chosen
 
     def step(self, which: str | int = "latest") -> int | None:
         """The step of the `latest` or `best` checkpoint (the latest, if none was validated), or a step that is there.
@@ -101,16 +191,22 @@ class Checkpoints:
         Raises:
           UserError: no checkpoint of that step.
         """
-        steps = sorted(self._manager.all_steps())
+        return next(iter(self._ranked(which, self._finished())), None)
+
+    def _finished(self) -> list[int]:
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        return [step for step in steps if (self.folder / str(step) / _CHECKSUMS).exists()]
+
+    def _ranked(self, which: str | int, steps: list[int]) -> list[int]:
+        """Those of `steps`, the latest first, that may be taken, in the order of preference."""
         if which == "latest":
-            return steps[-1] if steps else None
+            return steps
         if which == "best":
-            scores = {step: (self._manager.metrics(step) or {}).get("validation") for step in steps}
-            scored = {step: score for step, score in scores.items() if score is not None}
-            return min(scored, key=lambda step: (scored[step], step)) if scored else self.step("latest")
+            scores = {step: (self._manager.metrics(step) or {}).get("validation", math.inf) for step in steps}
+            return sorted(steps, key=lambda step: (scores[step], step if scores[step] < math.inf else -step))
         if not str(which).isdigit() or int(which) not in steps:
-            raise UserError(f"{self.folder} has no checkpoint {which}; use latest, best or one of {steps}")
-        return int(which)
+            raise UserError(f"{self.folder} has no checkpoint {which}; use latest, best or one of {steps[::-1]}")
+        return [int(which)]
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON part of a checkpoint."""
@@ -136,6 +232,10 @@ class Checkpoints:
     def close(self) -> None:
         """Lets go of the folder."""
         self._manager.close()
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _first_line(error: BaseException) -> str:
@@ -190,6 +290,7 @@ class Weights:
       step: of the checkpoint.
       checkpoint: what was asked for (`best`, `latest` or a step).
       kind: `ema`, or `params` where the run keeps no average.
+      sha256: of the values themselves: the same weights have the same.
     """
 
     model: HarmonicRNN
@@ -198,6 +299,11 @@ class Weights:
     step: int
     checkpoint: str
     kind: str
+    sha256: str
+
+
+class _RemovedError(Exception):
+    """A run that still trains has removed the checkpoint that was being read."""
 
 
 def load_weights(workdir: str | Path, checkpoint: str = "best", *, raw: bool = False) -> Weights:
@@ -207,10 +313,20 @@ def load_weights(workdir: str | Path, checkpoint: str = "best", *, raw: bool = F
       UserError: there is no such run or checkpoint, or it is damaged.
     """
     config = load_run_config(workdir)
+    for _ in range(_TRIES):
+        with contextlib.suppress(_RemovedError):
+            return _load_weights(workdir, config, checkpoint, raw)
+    raise UserError(
+        f"the run in {workdir} removes its checkpoints faster than they are read; raise train.checkpoint_every"
+    )
+
+
+def _load_weights(workdir: str | Path, config: Config, checkpoint: str, raw: bool) -> Weights:
     model = HarmonicRNN(config.model, config.data.num_levels)
     checkpoints = Checkpoints(workdir, read_only=True)
+    step = None
     try:
-        step = checkpoints.step(checkpoint)
+        step = checkpoints.whole(checkpoint)
         if step is None:
             raise UserError(f"{workdir} has no checkpoint yet; train it: python -m workflows.train --workdir={workdir}")
         check_architecture(checkpoints.meta(step), config, f"{workdir}, step {step},")
@@ -220,6 +336,20 @@ def load_weights(workdir: str | Path, checkpoint: str = "best", *, raw: bool = F
         target = jax.eval_shape(model.init, jax.random.key(0))
         target = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=here), target)
         params = checkpoints.restore(step, {kind: target})[kind]
+    except UserError as error:
+        if step is not None and not (checkpoints.folder / str(step) / _CHECKSUMS).exists():
+            raise _RemovedError from error
+        raise
     finally:
         checkpoints.close()
-    return Weights(model, params, config, step, checkpoint, kind)
+    return Weights(model, params, config, step, checkpoint, kind, _sha256(params))
+
+
+def _sha256(params: dict[str, Any]) -> str:
+    """Of names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for path, value in jax.tree_util.tree_leaves_with_path(params):
+        value = np.asarray(value)
+        digest.update(f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape}\n".encode())
+        digest.update(np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()

@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 def _check(ok: bool, field: str, value: object, allowed: str) -> None:
     if not ok:
-        raise UserError(f"{field}={value!r} is impossible: it must be {allowed}")
+        raise UserError(f"{field}={value!r:.80} is impossible: it must be {allowed}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +150,9 @@ class TrainConfig:
       segment_length: samples held in memory at once, a multiple of the pooling product; 0 takes whole windows.
       log_every, validate_every, checkpoint_every: steps between; 0 for none but at the end.
       validation_recordings: recordings of the validation split that are looked at; 0 for all.
+      sample_every: steps between samples that are generated to be heard in TensorBoard; 0 for none.
+      sample_seconds: length of these.
+      wandb_project: project of Weights & Biases that the run is shown in too; none if empty.
     """
 
     steps: int = 100_000
@@ -169,6 +172,9 @@ class TrainConfig:
     validate_every: int = 1_000
     checkpoint_every: int = 1_000
     validation_recordings: int = 0
+    sample_every: int = 0
+    sample_seconds: float = 1.0
+    wandb_project: str = ""
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch_size", "accumulate"):
@@ -186,8 +192,12 @@ class TrainConfig:
             "validate_every",
             "checkpoint_every",
             "validation_recordings",
+            "sample_every",
         ):
             _check(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "at least 0")
+        _check(0.01 <= self.sample_seconds < math.inf, "train.sample_seconds", self.sample_seconds, "at least 0.01")
+        project = self.wandb_project
+        _check(not set(project) & set("/\\#?%: \n"), "train.wandb_project", project, "a project's plain name, or empty")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,8 +335,10 @@ def _build(cls: type[T], raw: object, prefix: str) -> T:
 
 def _unknown(path: str, fields: Iterable[str], prefix: str) -> str:
     names = [prefix + name for name in fields]
-    close = difflib.get_close_matches(path, names, 1)
-    return f"unknown config field {path!r}; " + (f"did you mean {close[0]}?" if close else f"use {', '.join(names)}")
+    close = difflib.get_close_matches(path[:80], names, 1)
+    return f"unknown config field {path!r:.80}; " + (
+        f"did you mean {close[0]}?" if close else f"use {', '.join(names)}"
+    )
 
 
 def _coerce(kind: Any, value: object, path: str) -> Any:
@@ -346,7 +358,7 @@ def _coerce(kind: Any, value: object, path: str) -> Any:
         return float(value)
     elif kind in (int, str, bool) and type(value) is kind:
         return value
-    raise UserError(f"{path}={value!r} is not allowed: it must be {_describe(kind)}")
+    raise UserError(f"{path:.80}={value!r:.80} is not allowed: it must be {_describe(kind)}")
 
 
 def _describe(kind: Any) -> str:
@@ -370,7 +382,8 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals:
-            raise UserError(f"--set={assignment} has no value; write --set=section.field=value")
+            shown = assignment if assignment.isprintable() else repr(assignment)
+            raise UserError(f"--set={shown:.80} has no value; write --set=section.field=value")
         *sections, name = path.strip().split(".")
         node, prefix = raw, ""
         for section in sections:
@@ -403,17 +416,20 @@ def load_config(name: str) -> Config:
       UserError: there is none, or it does not give a Config.
     """
     path = Path(name)
+    shown = name if name.isprintable() and len(name) < 300 else f"{name!r:.80}"
     if path.suffix == ".json":
         try:
-            return from_dict(json.loads(path.read_text()))
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"cannot read the config {name}: {error}") from error
+            raw = json.loads(path.read_text())
+            # An export's config.json has the run's within.
+            return from_dict(raw["config"] if isinstance(raw, dict) and "library_name" in raw else raw)
+        except (OSError, ValueError, KeyError, RecursionError) as error:
+            raise UserError(f"cannot read the config {shown}: {' '.join(str(error).split())[:300]}") from error
     if path.suffix == ".py":
         if not path.is_file():
-            raise UserError(f"the config {name} does not exist; give a name such as demo, or a path to a .py or .json")
+            raise UserError(f"the config {shown} does not exist; give a name such as demo, or a path to a .py or .json")
         spec = importlib.util.spec_from_file_location(path.stem, path)
         if spec is None or spec.loader is None:
-            raise UserError(f"the config {name} cannot be loaded as a Python file")
+            raise UserError(f"the config {shown} cannot be loaded as a Python file")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     else:
@@ -423,19 +439,22 @@ def load_config(name: str) -> Config:
         except ModuleNotFoundError as error:
             if not f"configs.{dotted}".startswith(error.name or "?"):
                 raise
-            raise UserError(f"unknown config {name!r}; use {', '.join(config_names())}, or a path") from error
+            raise UserError(f"unknown config {name!r:.80}; use {', '.join(config_names())}, or a path") from error
+    if callable(getattr(module, "get_study", None)):
+        study = path.name if path.suffix != ".py" else name
+        raise UserError(f"{shown} is a study of several runs: python -m workflows.ablate --study={study}")
     if not callable(getattr(module, "get_config", None)):
-        raise UserError(f"the config {name} has no get_config() function")
+        raise UserError(f"the config {shown} has no get_config() function")
     config = module.get_config()
     if not isinstance(config, Config):
-        raise UserError(f"get_config() of {name} returned {type(config).__name__}, not a harmonic.config.Config")
+        raise UserError(f"get_config() of {shown} returned {type(config).__name__}, not a harmonic.config.Config")
     return config
 
 
 def config_names() -> list[str]:
-    """The names that `load_config` knows."""
+    """The names that `load_config` knows: the modules of configs, but for the studies."""
     module = importlib.import_module("configs")
     sys.modules.setdefault("configs", module)
     root = Path(next(iter(module.__path__)))
-    paths = sorted(p.relative_to(root).with_suffix("") for p in root.rglob("*.py") if p.stem != "__init__")
+    paths = sorted(p.relative_to(root).with_suffix("") for p in root.glob("*.py") if p.stem != "__init__")
     return [path.as_posix() for path in paths]

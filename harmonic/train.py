@@ -21,18 +21,20 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from harmonic import audio, files, locks, processes
 from harmonic import mesh as meshes
-from harmonic import processes
 from harmonic.checkpoint import Checkpoints, check_architecture, load_run_config, load_weights, model_description
 from harmonic.config import Config
 from harmonic.data import Dataset, train_batches
 from harmonic.errors import UserError
 from harmonic.evaluate import evaluate_split
+from harmonic.generate import generate
 from harmonic.metrics import MetricsWriter, Progress
 from harmonic.models import HarmonicRNN
 from harmonic.records import MANIFEST_NAME
 from harmonic.step import TrainState, init_state, learning_rate, make_train_step
 
+_SAMPLES = 2  # generated each time that samples are due: as many as a small machine has cores
 _DIVERGED = 100  # skipped updates on end after which training is given up
 # What may differ when a run is continued: everything else decides its weights.
 _FREE = (
@@ -41,7 +43,7 @@ _FREE = (
         f"train.{name}"
         for name in (
             *("steps", "log_every", "validate_every", "checkpoint_every", "validation_recordings"),
-            *("segment_length", "accumulate"),
+            *("segment_length", "accumulate", "sample_every", "sample_seconds", "wandb_project"),
         )
     ),
 )
@@ -110,13 +112,20 @@ def train(config: Config, data: str | Path, workdir: str | Path, *, init_from: s
       init_from: another run's folder, whose best averaged weights this one starts from.
 
     Raises:
-      UserError: data, config, folder, processes or weights that do not go together, or training that diverges.
+      UserError: data, config, folder, processes or weights that do not go together, a folder that cannot be written,
+        or that another process writes to, or training that diverges.
       Interrupted: SIGTERM or SIGINT, to any process; everything is saved.
     """
     started = time.monotonic()
-    lead = processes.current()[0] == 0
     workdir, dataset = Path(workdir), Dataset(data)
     check_agreement(config, dataset)
+    lead = processes.current()[0] == 0
+    with locks.writing(workdir) if lead else contextlib.nullcontext():
+        return _train(config, dataset, workdir, init_from, started)
+
+
+def _train(config: Config, dataset: Dataset, workdir: Path, init_from: str | None, started: float) -> TrainResult:
+    lead = processes.current()[0] == 0
     model = HarmonicRNN(config.model, config.data.num_levels, dataset.manifest.channels)
     mesh = meshes.make_mesh(config.mesh)
     part = meshes.process_part(mesh)
@@ -153,7 +162,7 @@ def train(config: Config, data: str | Path, workdir: str | Path, *, init_from: s
     rate = learning_rate(config)
     key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=replicated)()
     samples_per_step = config.train.global_batch_size * config.training_length
-    writer = MetricsWriter(workdir if lead else None, step)
+    writer = MetricsWriter(workdir if lead else None, step, config)
     progress = Progress(
         "train",
         config.train.steps,
@@ -164,6 +173,7 @@ def train(config: Config, data: str | Path, workdir: str | Path, *, init_from: s
     )
     progress.say(f"training from step {step:,}; the first step compiles")
     window: list[dict[str, jax.Array]] = []
+    earlier = meta.get("window", [])  # losses since the last line that were made before this start
     window_start, window_samples = time.monotonic(), 0
 
     seconds = meta["seconds"]
@@ -172,7 +182,7 @@ def train(config: Config, data: str | Path, workdir: str | Path, *, init_from: s
         nonlocal seconds
         seconds = meta["seconds"] + time.monotonic() - started
         description = {"model": model_description(config), "data": batches.get_state()}
-        progress_made = {"step": step, "seconds": seconds}
+        progress_made = {"step": step, "seconds": seconds, "window": earlier + _finite(window)}
         checkpoints.save(step, state._asdict(), {**meta, **description, **progress_made}, validation)
 
     try:
@@ -188,7 +198,7 @@ def train(config: Config, data: str | Path, workdir: str | Path, *, init_from: s
                 if _due(step, config.train.log_every, config.train.steps):
                     values = {k: [float(m[k]) for m in window] for k in window[-1]}
                     now = time.monotonic()
-                    finite = [loss for loss in values["loss"] if math.isfinite(loss)]
+                    finite = earlier + _finite(window)
                     norm = values["grad_norm"][-1]
                     line = {
                         "loss": float(np.mean(finite)) if finite else None,
@@ -205,7 +215,7 @@ def train(config: Config, data: str | Path, workdir: str | Path, *, init_from: s
                             f"{values['loss'][-1]}, gradient norm {values['grad_norm'][-1]:.3g}); lower "
                             f"train.learning_rate={config.train.learning_rate} and start a new workdir"
                         )
-                    window, window_start, window_samples = [], now, 0
+                    window, window_start, window_samples, earlier = [], now, 0, []
                 validation = None
                 if _due(step, config.train.validate_every, config.train.steps):
                     validation = _validate(model, config, state, dataset)
@@ -213,6 +223,9 @@ def train(config: Config, data: str | Path, workdir: str | Path, *, init_from: s
                     progress.say(f"step {step:,}: validation {validation:.4f} bits/sample")
                     if meta["best"] is None or validation < meta["best"]:
                         meta |= {"best": validation, "best_step": step}
+                    window_start = time.monotonic()
+                if config.train.sample_every and _due(step, config.train.sample_every, config.train.steps):
+                    _write_samples(model, config, state, dataset, writer, step)
                     window_start = time.monotonic()
                 if meta["best_step"] == step or _due(step, config.train.checkpoint_every, config.train.steps):
                     save(validation)
@@ -228,17 +241,20 @@ def train(config: Config, data: str | Path, workdir: str | Path, *, init_from: s
     return TrainResult(step, meta["best_step"], meta["best"], seconds)
 
 
+def _finite(window: list[dict[str, jax.Array]]) -> list[float]:
+    losses = (float(metrics["loss"]) for metrics in window)
+    return [loss for loss in losses if math.isfinite(loss)]
+
+
 def _due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
 def _validate(model: HarmonicRNN, config: Config, state: TrainState, dataset: Dataset) -> float:
     """Bits per sample of the validation split: each process evaluates its share, on one of its devices."""
-    weights = state.ema if config.train.ema_decay else state.params
-    local = jax.tree.map(lambda v: v.addressable_data(0), weights)
     ours = evaluate_split(
         model,
-        local,
+        _local_weights(config, state),
         dataset.split("validation"),
         config,
         limit=config.train.validation_recordings,
@@ -247,6 +263,32 @@ def _validate(model: HarmonicRNN, config: Config, state: TrainState, dataset: Da
     shares = [json.loads(text) for text in processes.gather(json.dumps([ours.nats, ours.samples]))]
     nats, samples = (sum(numbers) for numbers in zip(*shares, strict=True))
     return nats / math.log(2) / samples
+
+
+def _local_weights(config: Config, state: TrainState) -> Any:
+    """What is evaluated and sampled, on one of this process's devices."""
+    return jax.tree.map(lambda v: v.addressable_data(0), state.ema if config.train.ema_decay else state.params)
+
+
+def _write_samples(
+    model: HarmonicRNN, config: Config, state: TrainState, dataset: Dataset, writer: MetricsWriter, step: int
+) -> None:
+    """Process 0 generates, from the same random numbers each time, and the others wait: training takes no notice."""
+    if processes.current()[0] == 0:
+        rate, data = dataset.manifest.sample_rate, config.data
+        chunks = generate(
+            model,
+            _local_weights(config, state),
+            batch=_SAMPLES,
+            length=max(1, round(config.train.sample_seconds * rate)),
+            seed=config.seed,
+            temperature=config.generate.temperature,
+            top_p=config.generate.top_p,
+        )
+        tokens = np.concatenate([chunk.tokens for chunk in chunks], axis=1)
+        waveforms = audio.decode(tokens[..., 0], data.encoding, num_levels=data.num_levels)
+        writer.write_sounds(step, waveforms, rate)
+    processes.gather("")  # a collective would not wait as long
 
 
 def check_agreement(config: Config, dataset: Dataset) -> None:
@@ -295,14 +337,8 @@ def prepare_workdir(workdir: Path, config: Config, dataset: Dataset) -> None:
     Raises:
       UserError: it cannot be written.
     """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        for name, text in ((MANIFEST_NAME, dataset.manifest.to_json()), ("config.json", config.to_json())):
-            temporary = workdir / f"{name}.partial"
-            temporary.write_text(text)
-            os.replace(temporary, workdir / name)
-    except OSError as error:
-        raise UserError(f"the run's folder {workdir} cannot be used: {error}") from error
+    for name, text in ((MANIFEST_NAME, dataset.manifest.to_json()), ("config.json", config.to_json())):
+        files.write_whole(workdir / name, text)
 
 
 def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:

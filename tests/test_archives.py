@@ -190,17 +190,17 @@ def test_a_bucket_s_folder(tmp_path, bucket):
 
 
 def test_a_local_file_that_fails_while_it_is_read_is_not_cut_short(tmp_path):
-    folder = write_files(tmp_path / "f", {f"{i}.ogg": b"" for i in range(3)})
+    folder = write_files(tmp_path / "f", {f"{i}.wav": b"" for i in range(3)})
     for i in range(3):
-        soundfile.write(folder / f"{i}.ogg", [0.1] * 500_000, 16_000, format="OGG")
+        soundfile.write(folder / f"{i}.wav", [0.1] * 500_000, 16_000, format="WAV")
     source = open_source(data_set("mine"), str(folder))
-    file = source.open("1.ogg")
+    file = source.open("1.wav")
     audio = soundfile.SoundFile(file)
     assert len(audio.read(1000)) == 1000
     os.dup2(os.open(tmp_path, os.O_RDONLY), file.fileno())  # a folder: from now on, reading it fails
     audio.read(499_000)  # libsndfile says nothing
     audio.close()
-    with pytest.raises(UserError, match=r"1\.ogg' could not be read to its end: Is a directory; run again"):
+    with pytest.raises(UserError, match=r"1\.wav' could not be read to its end: Is a directory; run again"):
         file.close()
 
 
@@ -313,13 +313,12 @@ def test_compressed_in_several_streams(tmp_path):
 
 @pytest.mark.parametrize("kind", ["tar.gz", "tar.bz2", "tar.xz"])
 def test_a_decompression_bomb_is_not_followed(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(tarballs, "_RATIO_SLACK", 1 << 20)
-    monkeypatch.setattr(stores, "MAX_RATIO", 500)
+    monkeypatch.setattr(stores, "RATIO_SLACK", 1 << 20)
     path = tmp_path / f"a.{kind}"
     path.write_bytes(PACK[kind](bytes(60_000_000)))
     written = []
     monkeypatch.setattr(tarballs, "check_ratio", lambda *a: written.append(a[1]) or stores.check_ratio(*a))
-    assert "more than 500 to 1: that is a decompression bomb and no archive of recordings" in refusal(path)
+    assert "more than 100 to 1: that is a decompression bomb and no archive of recordings" in refusal(path)
     assert max(written) < 40_000_000
 
 

@@ -237,7 +237,7 @@ def test_prepare_writes_to_a_remote_folder(tmp_path):
 )
 def test_output_errors(folder, monkeypatch, code, message):
     with sink.ShardWriter(folder, RUN, 5) as writer:
-        monkeypatch.setattr(sink, "_create", lambda _: (_ for _ in ()).throw(OSError(code, os.strerror(code))))
+        monkeypatch.setattr(sink, "_move_out", lambda *_: (_ for _ in ()).throw(OSError(code, os.strerror(code))))
         with pytest.raises(UserError, match=f"cannot write to {folder}: {message}"):
             writer.stage("x")
     with pytest.raises(UserError, match=message), sink.output_errors("x"):

@@ -24,6 +24,7 @@ from pipelines import inspect, survey
 from pipelines.build import PrepareSpec, prepare
 from pipelines.console import clock
 from pipelines.verify import Verifier
+from pipelines.waveforms import measure
 
 LENGTHS = [2_000, 350, 700, 1_401, 90, 3_000, 1_999, 640, 1_000, 777, 1_234, 20]
 
@@ -407,3 +408,17 @@ def test_command_line(prepared):
     code = "import sys, pipelines.inspect; print(sorted({'jax', 'grain', 'apache_beam'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_what_a_wav_cannot_hold_becomes_rf64(run, prepared, tmp_path, monkeypatch):
+    """4 GiB of samples are too many to write here: the limit is lowered instead."""
+    options = (prepared[0], "--recording", "a/05.wav", "--output_dir")
+    assert run(*options, tmp_path / "wav")[0] == 0
+    monkeypatch.setattr(inspect, "_LARGEST_WAV", 100)
+    assert run(*options, tmp_path / "rf64")[0] == 0
+    (short,), (long,) = ((tmp_path / kind).iterdir() for kind in ("wav", "rf64"))
+    assert (soundfile.info(short).format, soundfile.info(long).format) == ("WAV", "RF64")
+    assert long.read_bytes()[:4] == b"RF64"
+    np.testing.assert_array_equal(soundfile.read(long)[0], soundfile.read(short)[0])
+    with open(long, "rb") as file, measure(file) as waveform:  # which reads it as a source, too
+        assert waveform.length == len(soundfile.read(short)[0])

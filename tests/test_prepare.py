@@ -31,7 +31,7 @@ from prepared import (
 from test_sources import Hub, hub_environment
 
 from harmonic import audio, records
-from pipelines import build, console, levels, prepare
+from pipelines import build, levels, prepare
 from pipelines.build import PrepareSpec
 
 
@@ -447,32 +447,6 @@ def test_neither_jax_nor_what_it_takes_is_imported():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "True []\n"
-
-
-def test_progress_lines(monkeypatch):
-    clock = iter([0.0, 1.0, 6.0, 7.0, 66.0])
-    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
-    stream = io.StringIO()
-    line = console.ProgressLine(stream)
-    for done in (1, 60, 70, 3_300):
-        line(done, 3_600)
-    line.close()
-    assert stream.getvalue().splitlines() == [
-        "60 of 3,600 recordings, 10.0 a second, 5 min 54 s left",
-        "3,300 of 3,600 recordings, 50.0 a second, 6 s left",
-    ]
-    assert [console.duration(s) for s in (0, 59.4, 60, 3_599, 7_800)] == [
-        *("0 s", "59 s", "1 min 00 s", "59 min 59 s", "2 h 10 min")
-    ]
-
-
-def test_progress_is_reported_while_running(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "_POLL_SECONDS", 0.001)
-    seen = []
-    spec = PrepareSpec("mine", str(write_zip(tmp_path / "a.zip", mine(40))), str(tmp_path))
-    build.prepare(spec, progress=lambda done, total: seen.append((done, total)))
-    assert seen and all(total == 40 for _, total in seen)
-    assert [done for done, _ in seen] == sorted(done for done, _ in seen) and 0 < seen[-1][0] <= 40
 
 
 def test_from_the_hub_and_again_without_a_network(tmp_path):

@@ -153,7 +153,7 @@ def test_damaged_checkpoints_are_named(tiny_data, tmp_path):
     for path in (workdir / "checkpoints" / "2" / "ema").rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(UserError, match=r"checkpoint 2 in .* cannot be read"):
+    with pytest.raises(UserError, match=r"checkpoint 2 in .* is damaged: ema/.* more files are not as written, and no"):
         load_weights(workdir, "latest")
 
 

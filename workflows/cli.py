@@ -13,6 +13,7 @@ from absl import app, flags, logging
 
 from harmonic.config import Config, load_config, override
 from harmonic.errors import UserError
+from harmonic.records import MANIFEST_NAME
 
 FLAGS = flags.FLAGS
 
@@ -32,6 +33,12 @@ def config_from_flags(default: str = "demo") -> Config:
 def workdir_from_flags(config: Config) -> Path:
     """The run's folder."""
     return Path(FLAGS.workdir or Path("runs") / config.name)
+
+
+def data_folder(dataset: str) -> Path:
+    """The folder of a prepared data set: in --data_dir, or --data_dir itself."""
+    folder = Path(FLAGS.data_dir)
+    return folder if (folder / MANIFEST_NAME).exists() else folder / dataset
 
 
 def define_process_flags() -> None:

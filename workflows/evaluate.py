@@ -11,6 +11,7 @@ from pathlib import Path
 
 from absl import flags
 
+from harmonic import locks
 from harmonic.checkpoint import load_run_config
 from harmonic.config import EvaluateConfig
 from harmonic.errors import UserError
@@ -38,15 +39,16 @@ def main() -> None:
     contexts = _contexts(_CONTEXT.value)
     workdir = Path(cli.FLAGS.workdir or "runs/demo")
     data = Path(cli.FLAGS.data_dir) / load_run_config(workdir).data.dataset
-    figures = stages.evaluate_run(
-        workdir,
-        data,
-        split=_SPLIT.value,
-        checkpoint=_CHECKPOINT.value,
-        raw=_RAW.value,
-        reset_every=_RESET.value,
-        contexts=contexts,
-    )
+    with locks.writing(workdir):
+        figures = stages.evaluate_run(
+            workdir,
+            data,
+            split=_SPLIT.value,
+            checkpoint=_CHECKPOINT.value,
+            raw=_RAW.value,
+            reset_every=_RESET.value,
+            contexts=contexts,
+        )
     print(json.dumps(figures, indent=2))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from absl import flags
 
+from harmonic import locks
 from harmonic.checkpoint import Weights, load_weights
 from harmonic.errors import UserError
 from workflows import cli, stages
@@ -68,7 +69,8 @@ def main() -> None:
         return
     folder = Path(_OUTPUT.value or workdir / "generated")
     kind = "continuation" if prompts else "sample"
-    rows = stages.write_samples(weights, folder, kind=kind, num_samples=_NUM.value, **settings)
+    with locks.writing(_OUTPUT.value or workdir):
+        rows = stages.write_samples(weights, folder, kind=kind, num_samples=_NUM.value, **settings)
     for row in rows:
         print(f"{folder / row['file']}  {row['seconds']:.2f} s, {row['bits_per_sample']:.3f} bits/sample")
 

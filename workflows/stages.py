@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import io
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +20,8 @@ import numpy as np
 import soundfile
 import soxr
 
-from harmonic import audio
+import harmonic
+from harmonic import audio, files
 from harmonic.checkpoint import Weights, load_weights
 from harmonic.data import Dataset, Split
 from harmonic.errors import UserError
@@ -38,11 +41,12 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
+    """Writes JSON, whole or not at all.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    files.write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
 def as_json(value: Any) -> Any:
@@ -56,6 +60,12 @@ def platform() -> str:
     return (
         f"cpu ({os.cpu_count()} cores)" if device.platform == "cpu" else f"{device.device_kind} x {jax.device_count()}"
     )
+
+
+def versions() -> dict[str, str]:
+    """What decides a run's last digits: Python, and the libraries that compute."""
+    found = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
+    return {"harmonic-rnn": harmonic.__version__, "python": sys.version.split()[0], **found}
 
 
 def evaluate_run(
@@ -97,6 +107,7 @@ def evaluate_run(
         "step": weights.step,
         "checkpoint": checkpoint,
         "weights": weights.kind,
+        "weights_sha256": weights.sha256,
         "reset_every": reset_every,
     }
     noted = (read_json(path) or {}).get(key) or {}
@@ -132,11 +143,20 @@ def evaluate_run(
 
 
 def evaluation(
-    workdir: Path, manifest: Manifest, step: int, *, split: str = "test", contexts: Sequence[float] = ()
+    workdir: Path,
+    manifest: Manifest,
+    step: int,
+    *,
+    split: str = "test",
+    contexts: Sequence[float] = (),
+    weights_sha256: str | None = None,
 ) -> dict[str, Any] | None:
-    """What `evaluate_run` has noted for a split; None where that is of another step or data, or lacks a context."""
+    """What `evaluate_run` has noted for a split; None where that is of another step or data, of other weights than
+    those of `weights_sha256` if that is given, or lacks a context."""
     figures = (read_json(workdir / "evaluation.json") or {}).get(split)
     if not figures or (figures["step"], figures["fingerprint"]) != (step, manifest.fingerprint):
+        return None
+    if weights_sha256 and figures.get("weights_sha256") != weights_sha256:
         return None
     found = [row["context_samples"] for row in figures.get("contexts", [])] or [0]
     wanted = {min(_context_samples(seconds, manifest), found[-1] or math.inf) for seconds in contexts}
@@ -262,22 +282,26 @@ def write_samples(
       UserError: a prompt that is as long as what is asked for.
     """
     length, given = _lengths(seconds, sample_rate, prompts)
-    folder.mkdir(parents=True, exist_ok=True)
+    with files.write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(f"{kind}_*.wav.partial"):  # by a kill
+            left.unlink()
     names = [f"{kind}_{i:04d}.wav" for i in range(num_samples)]
     partial = [folder / f"{name}.partial" for name in names]
     nats = np.zeros(num_samples)
     settings: dict[str, Any] = {"seed": seed, "temperature": temperature, "top_p": top_p}
-    with contextlib.ExitStack() as stack:
-        files = [
+    with audio.wav_errors(folder), contextlib.ExitStack() as stack:
+        sounds = [
             stack.enter_context(soundfile.SoundFile(path, "w", sample_rate, 1, subtype="PCM_16", format="WAV"))
             for path in partial
         ]
         for waveforms, their_nats in _waveforms(weights, kind, num_samples, length, prompts, **settings):
-            for file, waveform in zip(files, waveforms, strict=True):
-                file.write(waveform)
+            for sound, waveform in zip(sounds, waveforms, strict=True):
+                sound.write(waveform)
             nats += their_nats
-    for path, name in zip(partial, names, strict=True):
-        os.replace(path, folder / name)
+    with files.write_errors(folder):
+        for path, name in zip(partial, names, strict=True):
+            os.replace(path, folder / name)
     rows = []
     for i, name in enumerate(names):
         row = {
@@ -335,6 +359,8 @@ def sample_run(workdir: Path, data: Path, *, checkpoint: str = "best") -> dict[s
     settings, seed = weights.config.generate, weights.config.seed
     dataset, folder = Dataset(data), workdir / "samples"
     rate = dataset.manifest.sample_rate
+    with files.write_errors(folder):
+        (folder / "samples.json").unlink(missing_ok=True)  # what it describes is about to be replaced
     common: dict[str, Any] = {
         "seed": seed,
         "temperature": settings.temperature,
@@ -361,6 +387,7 @@ def sample_run(workdir: Path, data: Path, *, checkpoint: str = "best") -> dict[s
         "step": weights.step,
         "checkpoint": checkpoint,
         "weights": weights.kind,
+        "weights_sha256": weights.sha256,
         **common,
         "encoding": weights.config.data.encoding,
         "settings": dataclasses.asdict(settings),
@@ -368,6 +395,10 @@ def sample_run(workdir: Path, data: Path, *, checkpoint: str = "best") -> dict[s
         "seconds": time.monotonic() - started,
         "samples": samples,
     }
+    listed = {row["file"] for row in samples}
+    for path in folder.glob("*_[0-9][0-9][0-9][0-9].wav*"):  # of other settings, or half of one
+        if path.name not in listed:
+            path.unlink()
     write_json(folder / "samples.json", described)
     return described
 

@@ -1,0 +1,15 @@
+"""Which checkpoints stay."""
+
+import jax.numpy as jnp
+
+from harmonic.checkpoint import Checkpoints
+
+
+def test_the_latest_two_and_the_best_stay_and_are_known_again(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    items = {name: {"weight": jnp.ones(3)} for name in ("params", "ema", "optimizer")}
+    for step, validation in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5), (5, None), (6, 4.0)):
+        checkpoints.save(step, items, {"step": step}, validation)
+    again = Checkpoints(tmp_path, read_only=True)
+    assert again.whole("best") == 2 and again.whole("latest") == 6
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").glob("[0-9]*")) == [2, 5, 6]
