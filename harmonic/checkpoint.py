@@ -14,6 +14,7 @@ import logging
 import math
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +108,13 @@ class Checkpoints:
             return
         trees = {name: ocp.args.StandardSave(items[name]) for name in _ITEMS}
         try:
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(**trees, meta=ocp.args.JsonSave(meta)),
-                metrics=None if validation is None else {"validation": validation},
-                force=True,
-            )
+            with _traces_unlogged():
+                self._manager.save(
+                    step,
+                    args=ocp.args.Composite(**trees, meta=ocp.args.JsonSave(meta)),
+                    metrics=None if validation is None else {"validation": validation},
+                    force=True,
+                )
         except (OSError, ValueError) as error:
             raise self._not_written(step, error) from error
         if self._lead:
@@ -232,6 +234,18 @@ class Checkpoints:
     def close(self) -> None:
         """Lets go of the folder."""
         self._manager.close()
+
+
+@contextlib.contextmanager
+def _traces_unlogged() -> Iterator[None]:
+    """What Orbax raises, its threads log with stack traces as well, and go on with that after it was raised: once
+    something was, they stay unheard."""
+    levels = {log: log.level for log in map(logging.getLogger, ("absl", "asyncio"))}
+    for log in levels:
+        log.setLevel(logging.CRITICAL)
+    yield
+    for log, level in levels.items():
+        log.setLevel(level)
 
 
 def _say(line: str) -> None:

@@ -431,7 +431,12 @@ def load_config(name: str) -> Config:
         if spec is None or spec.loader is None:
             raise UserError(f"the config {shown} cannot be loaded as a Python file")
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except UserError:
+            raise
+        except Exception as error:  # whatever the user's file does wrong
+            raise UserError(f"the config {shown} cannot be run: {type(error).__name__}: {error}") from error
     else:
         dotted = name.replace("/", ".")
         try:

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import json
-import os
 import secrets
 import sys
 import time
@@ -15,36 +13,44 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-from tensorboardX import SummaryWriter
-from tensorboardX.record_writer import register_writer_factory
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
 from tqdm import tqdm
 
 from harmonic import files
 from harmonic.config import Config
 from harmonic.errors import UserError
 
-_EVENTS = "events"  # stands before the paths of TensorBoard's files, so that they are opened by _EventFiles
 _LINE_EVERY = 10.0  # seconds between plain progress lines
 
 
-class _EventFile(io.FileIO):
-    """A file of TensorBoard's library, which writes in a thread where nobody would see an error: what the disk has no
-    room for is left out here, and metrics.jsonl, which has it all, says so."""
+class _Board:
+    """TensorBoard's events, written at once: the library's own writer leaves that to a thread, where a full disk passes
+    unseen and a clock that goes back stops training for good."""
 
-    def write(self, data: Any) -> int:
-        with contextlib.suppress(OSError):
-            super().write(data)
-        return len(data)
+    def __init__(self, folder: Path, purge_step: int | None):
+        self._folder = folder
+        with files.write_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            # Named by the clock alone, a start might overwrite what an earlier one has written.
+            self._events = EventsWriter(str(folder / "events"), f".{secrets.token_hex(4)}")
+        if purge_step is not None:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._write(event_pb2.Event(step=purge_step, session_log=start))
 
+    def add(self, step: int, shown: Any) -> None:
+        self._write(event_pb2.Event(step=step, summary=shown))
 
-class _EventFiles:
-    """The library's hook for file systems of one's own."""
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()
+        with files.write_errors(self._folder):
+            self._events.write_event(event)
+            self._events.flush()
 
-    def open(self, path: str) -> _EventFile:
-        return _EventFile(path.removeprefix(f"{_EVENTS}:"), "w")
-
-    def directory_check(self, path: str) -> None:
-        os.makedirs(path.removeprefix(f"{_EVENTS}:"), exist_ok=True)
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what was not written has been said
+            self._events.close()
 
 
 class MetricsWriter:
@@ -60,23 +66,17 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: str | Path | None, step: int = 0, config: Config | None = None):
-        self._board = self._wandb = None
+        self._board: _Board | None = None
+        self._wandb = None
         if workdir is None:
             return
         self._path = path = Path(workdir) / "metrics.jsonl"
         files.write_whole(path, b"".join(line for line in _lines(path) if _step(line) <= step))
         if config is not None and config.train.wandb_project:
             self._wandb = _wandb_run(Path(workdir), config)
-        board = Path(workdir).resolve() / "tensorboard"
-        register_writer_factory(_EVENTS, _EventFiles())
-        with files.write_errors(board):
+        with files.write_errors(path):
             self._file = path.open("a")
-            self._board = SummaryWriter(
-                f"{_EVENTS}:{board}",
-                purge_step=step + 1 if step else None,
-                # Named by the clock alone, a start might overwrite what an earlier one has written.
-                filename_suffix=f".{secrets.token_hex(4)}",
-            )
+        self._board = _Board(Path(workdir) / "tensorboard", step + 1 if step else None)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """One line of a kind (`train`, `validation`); numbers go to TensorBoard too."""
@@ -87,7 +87,7 @@ class MetricsWriter:
             self._file.flush()
         for name, value in values.items():
             if isinstance(value, (int, float)):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+                self._board.add(step, summary.scalar(f"{kind}/{name}", value))
         if self._wandb is not None:
             self._wandb.log({f"{kind}/{name}": value for name, value in values.items() if value is not None}, step=step)
 
@@ -99,8 +99,8 @@ class MetricsWriter:
 
         for number, waveform in enumerate(waveforms):
             name, picture = f"samples/{number}", spectrogram.colours(spectrogram.picture(waveform, sample_rate))
-            self._board.add_audio(name, waveform, step, sample_rate)
-            self._board.add_image(f"{name}/spectrogram", picture, step, dataformats="HWC")
+            self._board.add(step, summary.audio(name, waveform, sample_rate))
+            self._board.add(step, summary.image(f"{name}/spectrogram", picture, dataformats="HWC"))
             if self._wandb is not None:
                 import wandb
 

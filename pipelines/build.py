@@ -211,7 +211,7 @@ def resolve(spec: PrepareSpec) -> tuple[DataSet, PrepareSpec]:
         if dataset.repo is None and dataset.name != "demo":
             raise UserError(
                 f"--dataset {dataset.name} is not one of {', '.join(DATA_SETS)}; for recordings of your own give "
-                "--source, the path of a zip archive or a folder"
+                "--source, a folder, an archive (zip or tar), a URL or hf:USER/NAME"
             )
         source = "hub" if dataset.repo else "synth"
     window_length = dataset.window_length if spec.window_length is None else spec.window_length

@@ -42,6 +42,8 @@ AUDIO_SUFFIXES = frozenset(
     )
 )
 
+_SOURCES = "a folder, an archive (zip or tar), a URL or hf:USER/NAME"
+
 
 @dataclasses.dataclass(frozen=True)
 class SourceRecording:
@@ -374,7 +376,7 @@ def open_source(dataset: DataSet, source: str, runner: str = DEFAULT_RUNNER) -> 
 def _open_store(dataset: DataSet, source: str, runner: str) -> Store:
     if source == "hub":
         if dataset.repo is None:
-            raise UserError(f"{dataset.name} is not on the hub; give --source, the path of a zip archive or a folder")
+            raise UserError(f"{dataset.name} is not on the hub; give --source, {_SOURCES}")
         if runner == DEFAULT_RUNNER:
             return Archive(download(dataset.repo, dataset.archives))
         try:
@@ -386,7 +388,7 @@ def _open_store(dataset: DataSet, source: str, runner: str) -> Store:
         return _open_url(source)
     path = os.path.abspath(os.path.expanduser(source))
     if not os.path.exists(path):
-        raise UserError(f"--source {source} is missing; give hub, or the path of a zip archive or a folder")
+        raise UserError(f"--source {source} is missing; give hub, or {_SOURCES}")
     if is_elsewhere(runner):
         raise UserError(f"the workers of {runner} do not see {path}; give a URL such as gs://bucket/{dataset.name}.zip")
     if os.path.isdir(path):

@@ -105,6 +105,13 @@ def test_config_of_ones_own(tmp_path):
         load_config(str(tmp_path / "absent.py"))
 
 
+@pytest.mark.parametrize(("text", "words"), [("def", "SyntaxError"), ("import absent_", "absent_"), ("1 / 0", "Zero")])
+def test_a_config_that_cannot_be_run_is_named(tmp_path, text, words):
+    (tmp_path / "bad.py").write_text(text)
+    with pytest.raises(UserError, match=rf"bad\.py cannot be run: .*{words}"):
+        load_config(str(tmp_path / "bad.py"))
+
+
 def test_unknown_config_lists_the_known():
     with pytest.raises(UserError, match=r"unknown config 'sc10'; use .*demo.*sc09"):
         load_config("sc10")

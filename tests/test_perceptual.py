@@ -155,7 +155,7 @@ def test_files_that_are_no_classifier_are_refused(classifier, tmp_path):
         Classifier.load(tmp_path / "changed.npz")
     ours = Classifier.load(classifier[0])
     Classifier(SIZES["small"], ours.classes, ours.params, ours.stats).save(tmp_path / "other.npz")
-    with pytest.raises(UserError, match=r"other\.npz is of another architecture: bn_1\.bias is \(4,\), not \(16,\)"):
+    with pytest.raises(UserError, match=r"other\.npz is of another architecture: no stages\.0\.0\.shortcut_bn"):
         Classifier.load(tmp_path / "other.npz")
 
 
@@ -190,27 +190,47 @@ def test_the_released_rejection_keeps_its_2816_of_10240(rng):
     np.testing.assert_array_equal(nats[kept], half[2_048:4_864])
 
 
+def test_real_clips_and_noise_stand_in_the_order_that_one_expects(digits, classifier, tmp_path, monkeypatch):
+    settings = {"num_noise": 6, "allow_rank_deficient": True, "show_progress": False}
+    result = measure.measure_reference(digits, classifier[0], tmp_path, **settings)
+    rows = {name: result[name] for name in ("train", "test", "white_noise")}
+    assert {name: row["clips"] for name, row in rows.items()} == {"train": 28, "test": 4, "white_noise": 6}
+    assert rows["train"]["fid"] == pytest.approx(0, abs=1e-6) and rows["test"]["accuracy"] == 1
+    assert rows["train"]["fid"] < rows["test"]["fid"] < rows["white_noise"]["fid"]
+    assert all(name in measure.table(result) for name in ("real, test split", "white noise", "IS released"))
+    heard = []
+    listen = Classifier.features_and_logits
+    monkeypatch.setattr(Classifier, "features_and_logits", lambda *a: heard.append(len(a[1])) or listen(*a))
+    next(tmp_path.glob("test-*.npz")).write_bytes(b"cut short")
+    assert measure.measure_reference(digits, classifier[0], tmp_path, **settings) == result and heard == [4]
+
+
+@pytest.mark.slow
 def test_a_run_is_measured_and_goes_on_where_it_stopped(run, digits, classifier, monkeypatch):
     monkeypatch.setattr(measure, "_PIECE", 4)
-    settings = {"num_samples": 6, "allow_rank_deficient": True, "show_progress": False}
+    settings = {"num_samples": 8, "allow_rank_deficient": True, "show_progress": False}
     result = measure.measure_run(run, digits, classifier[0], **settings)
     assert json.loads((run / "perceptual.json").read_text()) == result
     rows = {name: result[name] for name in ("generated", "train", "test", "white_noise")}
     assert {name: row["clips"] for name, row in rows.items()} == {
-        "generated": 6, "train": 28, "test": 4, "white_noise": 6
+        "generated": 8, "train": 28, "test": 4, "white_noise": 8
     }  # fmt: skip
     assert result["train"]["fid"] == pytest.approx(0, abs=1e-6) and result["test"]["accuracy"] == 1
     assert result["train"]["fid"] < result["test"]["fid"] < result["white_noise"]["fid"]
     assert result["step"] == load_weights(run).step and result["temperature"] == 0.9
-    assert result["rejected"] is None or result["rejected"]["kept"] == result["rejected"]["clips"]
+    assert result["rejected"]["kept"] == result["rejected"]["clips"] == 2
 
-    # The generated row, made directly.
+    # The generated row, from the pieces, of which the second is made directly.
     weights, heard = load_weights(run), Classifier.load(classifier[0])
-    tokens = [
-        c.tokens[..., 0]
-        for c in generate(weights.model, weights.params, batch=6, length=16_000, temperature=0.9, chunk=4_000)
-    ]
-    features, logits = heard.features_and_logits(audio.decode(np.concatenate(tokens, 1), "mu_law"))
+    pieces = sorted((run / "perceptual").glob("generated-*.npz"))
+    stored = [dict(np.load(piece)) for piece in pieces]
+    assert [len(piece["nats"]) for piece in stored] == [4, 4]
+    sampling = {"batch": 4, "first_stream": 4, "length": 16_000, "temperature": 0.9, "chunk": 1_000}
+    chunks = list(generate(weights.model, weights.params, **sampling))
+    clips = audio.decode(np.concatenate([c.tokens[..., 0] for c in chunks], 1), "mu_law")
+    np.testing.assert_allclose(heard.features_and_logits(clips)[1], stored[1]["logits"], atol=1e-3)
+    np.testing.assert_allclose(sum(c.nats for c in chunks), stored[1]["nats"], rtol=1e-5)
+    features, logits = (np.concatenate([piece[name] for piece in stored]) for name in ("features", "logits"))
     real = heard.features_and_logits(read_clips(Dataset(digits).split("train"), 0, 28))[0]
     assert result["generated"]["fid"] == pytest.approx(fid(real, features, allow_rank_deficient=True), rel=1e-3)
     assert result["generated"]["is"] == pytest.approx(inception_score(logits), rel=1e-4)
@@ -220,8 +240,6 @@ def test_a_run_is_measured_and_goes_on_where_it_stopped(run, digits, classifier,
     generated = measure.generate
     monkeypatch.setattr(measure, "generate", lambda *a, **k: made.append(k["first_stream"]) or generated(*a, **k))
     assert measure.measure_run(run, digits, classifier[0], **settings) == result and made == []
-    pieces = sorted((run / "perceptual").glob("generated-*.npz"))
-    assert len(pieces) == 2
     pieces[1].write_bytes(pieces[1].read_bytes()[:1_000])
     assert measure.measure_run(run, digits, classifier[0], **settings) == result and made == [4]
 
@@ -248,7 +266,7 @@ def test_what_cannot_be_measured_is_refused(run, digits, classifier, tmp_path, t
         measure.measure_run(run, digits, tmp_path / "pets.npz", **few)
     broken = {name: np.full_like(value, np.nan) for name, value in ours.params.items()}
     Classifier(ours.sizes, ours.classes, broken, ours.stats).save(tmp_path / "broken.npz")
-    with pytest.raises(UserError, match="features of 28 of 28 clips are not finite"):
+    with pytest.raises(UserError, match=r"(features|logits) of 28 of 28 clips are not finite"):
         measure.measure_reference(digits, tmp_path / "broken.npz", tmp_path / "cache", num_noise=4, **few)
 
 
@@ -258,6 +276,7 @@ def command(*argv, cwd):
     return subprocess.run([sys.executable, "-m", *argv], capture_output=True, text=True, cwd=cwd, env=environment)
 
 
+@pytest.mark.slow
 def test_the_commands(digits, tmp_path):
     done = command(
         "workflows.train_classifier", f"--data_dir={digits.parent}", "--workdir=ears", "--steps=2", cwd=tmp_path

@@ -437,7 +437,8 @@ def test_command_line(tmp_path):
     process = subprocess_of("--dataset", "mine", "--source", tmp_path / "absent", "--output_dir", tmp_path)
     out, err = process.communicate(timeout=100)
     assert (process.returncode, out) == (2, "")
-    assert err == f"error: --source {tmp_path}/absent is missing; give hub, or the path of a zip archive or a folder\n"
+    sources = "a folder, an archive (zip or tar), a URL or hf:USER/NAME"
+    assert err == f"error: --source {tmp_path}/absent is missing; give hub, or {sources}\n"
 
 
 def test_neither_jax_nor_what_it_takes_is_imported():

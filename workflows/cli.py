@@ -67,8 +67,8 @@ def command(workflow: str) -> str:
 def run(main: Callable[[], None]) -> None:
     """Runs a main, and turns what a user can mend into one line on standard error.
 
-    Exit status: 0; 2 for a wrong flag, value, file or folder, or another process that is gone; 128 + the signal's
-    number for a run that was stopped.
+    Exit status: 0, also for --help; 2 for a wrong flag, value, file or folder, or another process that is gone; 128 +
+    the signal's number for a run that was stopped.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's own chatter
     # Sigmoids and gelus take half the time in vectors of 512 bits; XLA prefers 256. What the user set stands last.
@@ -110,5 +110,7 @@ def run(main: Callable[[], None]) -> None:
         except flags.Error as error:
             print(f"error: {str(error).strip().splitlines()[0]}; see --help", file=sys.stderr)
             sys.exit(2)
+        except SystemExit:  # --help, which absl ends with status 1
+            sys.exit(0)
 
     app.run(guarded, flags_parser=parse)

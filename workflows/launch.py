@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 
-from absl import flags
+from absl import app, flags
 
 _PROCESSES = flags.DEFINE_integer("processes", 2, "how many", lower_bound=1)
 _DEVICES = flags.DEFINE_integer("devices_per_process", 1, "CPU devices of each", lower_bound=1)
@@ -102,8 +102,11 @@ def _mark(index: int, child: subprocess.Popen) -> None:
 
 def main() -> None:
     """Launches what stands behind `--`."""
+    app.define_help_flags()
     try:
         _, *command = flags.FLAGS(sys.argv)
+    except SystemExit:  # --help, which absl ends with status 1
+        sys.exit(0)
     except flags.Error as error:
         sys.exit(_refuse(f"{str(error).strip().splitlines()[0]}; see --helpfull"))
     if not command or command[0].startswith("-"):
