@@ -273,7 +273,8 @@ def communication(config: Config) -> dict[str, Any]:
     state = 2 * rows * (model.state_width // 2) * _NUMBER
     gathered = (shards - 1) * 2 * state  # of a map: its product, and the state it leaves
     last = broadcast(state) if several else 0
-    layer = {"forward": gathered, "backward": gathered * (2 + several) + last}
+    # What the backward pass gathers: again what the forward pass did, and the gradients, without the products.
+    layer = {"forward": gathered, "backward": gathered * (1 + several) + gathered // 2 + last}
     edges = {"token_edge": edge(rows * _NUMBER, carry=False)}
     for level, factor in enumerate(model.pool_factors):
         edges[f"pool_edge_{level}"] = edge((factor - 1) * rows * model.width * _NUMBER, carry=True)

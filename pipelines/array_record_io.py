@@ -320,7 +320,7 @@ def stage_listing(folder: str, run: str, rows: Sequence[Any], size: int) -> list
 
 
 def publish(folder: str, run: str, staged: Iterable[tuple[str, str]], manifest: Manifest) -> None:
-    """Renames staged files to their names, then writes the manifest: from then on there is a data set.
+    """Renames staged files to their names, and last the manifest: from then on there is a data set.
 
     Args:
       folder: the data set's folder.
@@ -337,11 +337,12 @@ def publish(folder: str, run: str, staged: Iterable[tuple[str, str]], manifest: 
         there = [exists(source) for source, _ in pairs]
         if not all(found or exists(target) for found, (_, target) in zip(there, pairs, strict=True)):
             raise UserError(f"another run took {folder} over, or its files were removed; run one at a time")
-        _rename([pair for found, pair in zip(there, pairs, strict=True) if found])
+        # Written before anything is moved: where no space is left for it, nothing is.
         temporary = join(stage_folder(folder, run), MANIFEST_NAME)
         with _create(temporary) as file:
             file.write(manifest.to_json().encode())
             _flush(temporary, file)
+        _rename([pair for found, pair in zip(there, pairs, strict=True) if found])
         _rename([(temporary, join(folder, MANIFEST_NAME))])
 
 

@@ -34,7 +34,7 @@ def is_figure(value):
 
 def test_scan_suite():
     (row,) = bench_scan.suite([(1, 64, 4)])
-    assert (row["implementation"], row["shape"], row["dtype"]) == ("chunked", [1, 64, 4], "float32")
+    assert (row["implementation"], row["shape"], row["dtype"]) == ("native", [1, 64, 4], "float32")
     figures = ("samples_per_second", "over_streaming_bound", "faster_than_associative")
     assert all(is_figure(row[name]) for name in figures)
 

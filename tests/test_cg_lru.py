@@ -19,9 +19,9 @@ SHAPES = [(1, 1, 8), (2, 7, 128), (9, 97, 8), (1, 331, 128), (2, 331, 130), (3, 
 
 
 def cg_lru(z, p, decay, theta, h0, **options):
-    """The public one, on pairs; half of u is its bias."""
+    """The public one, on pairs; a part of u is its bias, but in bfloat16, which would round it."""
     u = jnp.concatenate([*z, *p], axis=-1)
-    bias = (u[0, 0] / 2).astype(decay.dtype)
+    bias = (u[0, 0] / 2).astype(decay.dtype) * (u.dtype != jnp.bfloat16)
     h, h_last = kernels.cg_lru(u - bias.astype(u.dtype), bias, decay, theta, h0, **options)
     return tuple(jnp.split(h, 2, axis=-1)), h_last
 

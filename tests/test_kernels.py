@@ -141,9 +141,11 @@ def test_gated_gelu_is_what_it_says(rng, x64, shape, dtype, tolerance):
 
 
 @pytest.mark.skipif(not machine.available(), reason="this machine's XLA does not take machine code of ours")
+@pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("threads", [2, 3, 7])
-def test_threads_change_no_bit(rng, monkeypatch, threads):
-    inputs = make_inputs(rng, 1, 1_100, 130, np.float32)  # enough to be shared out, and channels that no vector divides
+def test_threads_change_no_bit(rng, monkeypatch, threads, batch):
+    """Enough to be shared out, by channels that no vector divides or by recordings."""
+    inputs = make_inputs(rng, batch, 1_100 // batch, 130, np.float32)
 
     def run():
         return outputs_and_gradients(functools.partial(linear_scan, implementation="native"), inputs)

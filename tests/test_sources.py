@@ -222,7 +222,7 @@ def test_names_that_are_refused(name):
 
 
 def test_bad_places(tmp_path):
-    assert "is missing; give hub, or the path" in refusal("sc09", tmp_path / "absent")
+    assert "is missing; give hub, or a folder" in refusal("sc09", tmp_path / "absent")
     assert "is not on the hub; give --source" in refusal("mine", "hub")
     assert "makes the demo's recordings" in refusal("sc09", "synth")
     (tmp_path / "text.zip").write_text("no archive")
@@ -300,7 +300,7 @@ def test_damaged_members_are_told_apart(tmp_path):
 
     path = write_zip(tmp_path / "c.zip", files)
     patch(path, b"PK\x01\x02", 24, (2**31).to_bytes(4, "little"))  # two gigabytes out of two thousand bytes
-    assert "claims 2147483648 bytes" in reason(open_source(data_set("mine"), str(path)), "2.wav")
+    assert "claims 2,147,483,648 bytes" in reason(open_source(data_set("mine"), str(path)), "2.wav")
 
     path = write_zip(tmp_path / "d.zip", files)
     patch(path, b"PK\x01\x02", 24, (4_000).to_bytes(4, "little"))  # more than comes out

@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from harmonic.kernels.reference import Pair, add, multiply
+from harmonic.kernels.reference import Pair, add, multiply, multiply_conjugate
 
 
 def broadcast_last(x: jax.Array, axis: str | None) -> jax.Array:
@@ -38,7 +38,9 @@ def left_halo(tail: jax.Array, carry: jax.Array, axis: str | None) -> tuple[jax.
     return jnp.where(jax.lax.axis_index(axis) == 0, carry, arrived), broadcast_last(tail, axis)
 
 
-def exchange_carries(product: Pair, last: Pair, carry: Pair, axis: str | None, *, reverse: bool) -> tuple[Pair, Pair]:
+def exchange_carries(
+    product: Pair, last: Pair, carry: Pair, axis: str | None, *, reverse: bool, conjugate: bool = False
+) -> tuple[Pair, Pair]:
     """The state that enters this shard, and the one that leaves the whole sequence.
 
     A shard maps the state h that enters it to `product * h + last`. One all-gather of these two small arrays lets every
@@ -47,12 +49,15 @@ def exchange_carries(product: Pair, last: Pair, carry: Pair, axis: str | None, *
     Args:
       product, last: [batch, channels], this shard's map.
       carry: [batch, channels], the state that enters the first shard (the last one if `reverse`).
+      conjugate: the map is conj(product) * h + last. Products that were gathered already need not be sent again: XLA
+        sees that they are the same.
 
     Returns:
       (state entering this shard, state leaving the other end), each [batch, channels].
     """
+    times = multiply_conjugate if conjugate else multiply
     if axis is None or jax.lax.axis_size(axis) == 1:
-        return carry, add(multiply(product, carry), last)
+        return carry, add(times(product, carry), last)
     gathered = jax.lax.all_gather((product, last), axis)
     index = jax.lax.axis_index(axis)
     entering = carry
@@ -60,5 +65,5 @@ def exchange_carries(product: Pair, last: Pair, carry: Pair, axis: str | None, *
     for shard in reversed(order) if reverse else order:
         entering = jax.tree.map(lambda now, old, here=shard: jnp.where(index == here, now, old), carry, entering)
         shard_product, shard_last = jax.tree.map(lambda v, i=shard: v[i], gathered)
-        carry = add(multiply(shard_product, carry), shard_last)
+        carry = add(times(shard_product, carry), shard_last)
     return entering, carry

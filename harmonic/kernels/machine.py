@@ -2,7 +2,7 @@
 
 `Code` builds a function with llvmlite: `Value`s are vectors of floats whose operators become instructions, loops are
 `with` blocks. `register` makes a custom call of it through XLA's foreign function interface: its handler reads the
-buffers' addresses out of the call frame (`xla/ffi/api/c_api.h`, version 0.3, on 64-bit machines), shares the channels
+buffers' addresses out of the call frame (`xla/ffi/api/c_api.h`, version 0.3, on 64-bit machines), shares the work
 out over threads, and returns null, which is success.
 """
 
@@ -26,8 +26,8 @@ from llvmlite import binding, ir
 _VERSION = (0, 3)
 _BYTE, _INT32, _INT64, _POINTER = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.PointerType()
 _FLAGS = ("contract", "nsz")  # a product and a sum may become one instruction; no number is taken to be finite
-_JOB = 32  # int64s of a job: channels from, to; batch, time, channels; then, from _BUFFERS, the buffers' addresses
-_BUFFERS = 5
+_JOB = 32  # int64s of a job: channels from, to; recordings from, to; time, channels; the buffers' addresses
+_BUFFERS = 6
 _GRAIN = 16  # channels of a thread are a multiple of this: a cache line of float32
 _THREADED = 1 << 17  # elements; fewer are not worth starting a thread
 
@@ -91,10 +91,10 @@ class Value:
 
 
 class Code:
-    """A function being written, of one job: some channels of all recordings and all time.
+    """A function being written, of one job: some channels, or some recordings, at all times.
 
     Attributes:
-      batch, time, channels: the sizes, int64; `channels` is that of the whole.
+      time, channels: the sizes of the whole, int64.
       lanes: values that one instruction works on now.
     """
 
@@ -108,7 +108,7 @@ class Code:
         self.builder = ir.IRBuilder(function.append_basic_block())
         job = function.args[0]
         self._job = [self._word(job, i) for i in range(_JOB)]
-        self._from, self._to, self.batch, self.time, self.channels = self._job[:_BUFFERS]
+        self._from, self._to, self._first, self._end, self.time, self.channels = self._job[:_BUFFERS]
 
     def _word(self, pointer: ir.Value, index: int) -> ir.Value:
         return load_word(self.builder, pointer, 8 * index)
@@ -131,6 +131,10 @@ class Code:
         """The body of a loop over int64s from `start` to before `stop`."""
         with loop(self.builder, start, stop, step) as index:
             yield index
+
+    def each_recording(self) -> contextlib.AbstractContextManager[ir.Value]:
+        """The body of a loop over the job's recordings."""
+        return loop(self.builder, self._first, self._end)
 
     def each_channel(self, body: Callable[[ir.Value], None]) -> None:
         """`body(c)` for the job's channels, as many lanes at a time as fit, and the rest one by one."""
@@ -255,9 +259,9 @@ def register(write: Callable[[Code], None], dtype: str, threads: int) -> str:
 
     Args:
       write: writes the function's body. Buffers are numbered through arguments and results; the first argument is
-        [batch, time, ..], the last one [.., channels]. It must touch no channels but its job's.
+        [batch, time, ..], the last one [.., channels]. It must touch nothing but its job's.
       dtype: of all buffers, float32 or float64.
-      threads: that share out the channels of large arrays.
+      threads: that share the work on large arrays.
 
     Returns:
       The target's name.
@@ -346,15 +350,22 @@ def _write_handler(module: ir.Module, name: str, work: ir.Function, threads: int
         load_word(builder, shape, 8),
         load_word(builder, state_shape, 8),
     )
-    for i, value in enumerate((batch, time, channels)):
+    for i, value in enumerate((number(0), batch, time, channels)):
         builder.store(value, element(jobs, number(2 + i)))
+    builder.store(number(0), element(jobs, number(0)))
+    builder.store(channels, element(jobs, number(1)))
 
-    # Each thread takes `share` channels, the first of them this one.
+    # Each thread takes a share of the recordings, which lie apart, or where there are too few, of the channels; this
+    # thread takes the first.
     large = builder.icmp_signed(">=", builder.mul(builder.mul(batch, time), channels), number(_THREADED))
     parts = builder.select(large, number(threads), number(1))
-    grains = builder.sdiv(builder.add(channels, number(_GRAIN - 1)), number(_GRAIN))
+    apart = builder.icmp_signed(">=", batch, parts)
+    grain = builder.select(apart, number(1), number(_GRAIN))
+    whole = builder.select(apart, batch, channels)
+    grains = builder.sdiv(builder.add(whole, builder.sub(grain, number(1))), grain)
     share = builder.sdiv(builder.add(grains, builder.sub(parts, number(1))), parts)
-    share = builder.mul(share, number(_GRAIN))
+    share = builder.mul(share, grain)
+    place = builder.select(apart, number(2), number(0))
     pthread = ir.FunctionType(_INT32, [_POINTER] * 4)
     _find("pthread_create")
     _find("pthread_join")
@@ -366,17 +377,16 @@ def _write_handler(module: ir.Module, name: str, work: ir.Function, threads: int
 
     with loop(builder, 1, parts) as i:
         job = element(jobs, builder.mul(i, number(_JOB)))
-        with loop(builder, 2, number(_JOB)) as j:
+        with loop(builder, 0, number(_JOB)) as j:
             builder.store(builder.load(element(jobs, j), typ=_INT64), element(job, j))
         start = builder.mul(i, share)
-        builder.store(least(start, channels), element(job, number(0)))
-        builder.store(least(builder.add(start, share), channels), element(job, number(1)))
+        builder.store(least(start, whole), element(job, place))
+        builder.store(least(builder.add(start, share), whole), element(job, builder.add(place, number(1))))
         failed = builder.call(create, [element(ids, i), null, work, job])
         with builder.if_then(builder.icmp_signed("!=", failed, ir.Constant(_INT32, 0))):
             builder.call(work, [job])
             builder.store(number(0), element(ids, i))
-    builder.store(number(0), element(jobs, number(0)))
-    builder.store(least(share, channels), element(jobs, number(1)))
+    builder.store(least(share, whole), element(jobs, builder.add(place, number(1))))
     builder.call(work, [jobs])
     with loop(builder, 1, parts) as i:
         thread = builder.load(element(ids, i), typ=_INT64)

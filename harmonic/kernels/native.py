@@ -107,7 +107,7 @@ def _copy(code: Code, sources: Sequence[int], targets: Sequence[int], row: ir.Va
 def scan_forward(code: Code) -> None:
     """(x re, x im, a re, a im, h0 re, h0 im) -> (h re, h im, last re, last im)."""
     x, a, h0, h, last = (0, 1), (2, 3), (4, 5), (6, 7), (8, 9)
-    with code.loop(0, code.batch) as b:
+    with code.each_recording() as b:
         _copy(code, h0, last, b)
         with code.loop(0, code.time) as t:
             row = code.row(b, t)
@@ -144,7 +144,7 @@ def _summarise(
     product: Sequence[int],
     last: Sequence[int],
 ) -> None:
-    with code.loop(0, code.batch) as b:
+    with code.each_recording() as b:
         _fill(code, 1.0, product, b)
         _fill(code, 0.0, last, b)
         with code.loop(0, code.time) as t:
@@ -159,7 +159,7 @@ def _summarise(
 
 
 def _summarise_back(code: Code, read: Callable[[ir.Value, ir.Value], tuple[_Pair, _Pair]], q: Sequence[int]) -> None:
-    with code.loop(0, code.batch) as b:
+    with code.each_recording() as b:
         _fill(code, 0.0, q, b)
         with code.loop(1, code.builder.add(code.time, code.int64(1))) as i:
             row = code.row(b, code.builder.sub(code.time, i))
@@ -179,7 +179,7 @@ def scan_backward(code: Code) -> None:
     """(a re, a im, h re, h im, dh re, dh im, dlast re, dlast im, h0 re, h0 im) -> (dx re, dx im, da re, da im, dh0 re,
     dh0 im)."""
     a, h, dh, dlast, h0, dx, da, q = (0, 1), (2, 3), (4, 5), (6, 7), (8, 9), (10, 11), (12, 13), (14, 15)
-    with code.loop(0, code.batch) as b:
+    with code.each_recording() as b:
         _copy(code, dlast, q, b)
 
         def step(row: ir.Value, before: Sequence[int], before_row: ir.Value) -> None:
@@ -200,7 +200,7 @@ def scan_backward(code: Code) -> None:
 def lru_forward(code: Code) -> None:
     """(u, bias, decay, theta, h0 re, h0 im) -> (h, last re, last im)."""
     u, parameters, h0, h, last = 0, (1, 2, 3), (4, 5), 6, (7, 8)
-    with code.loop(0, code.batch) as b:
+    with code.each_recording() as b:
         _copy(code, h0, last, b)
         with code.loop(0, code.time) as t:
             row = code.row(b, t)
@@ -240,7 +240,7 @@ def lru_backward(code: Code) -> None:
     u, h, dh, parameters, dlast, h0, du, sums, q = 0, 1, 2, (3, 4, 5), (6, 7), (8, 9), 10, (11, 12), (13, 14)
     builder = code.builder
     pieces = builder.sdiv(builder.add(code.time, code.int64(_PARTIAL - 1)), code.int64(_PARTIAL))
-    with code.loop(0, code.batch) as b:
+    with code.each_recording() as b:
         _copy(code, dlast, q, b)
 
         def step(row: ir.Value, sum_row: ir.Value, before: Callable[[ir.Value], _Pair]) -> None:
@@ -302,7 +302,8 @@ def gated_backward(code: Code) -> None:
 
 
 def _each_row(code: Code, channel: Callable[[ir.Value, ir.Value], None]) -> None:
-    with code.loop(0, code.builder.mul(code.batch, code.time)) as row:
+    with code.each_recording() as b, code.loop(0, code.time) as t:
+        row = code.row(b, t)
         code.each_channel(lambda c: channel(row, c))
 
 
@@ -397,7 +398,7 @@ def _enter_back(summary: Callable[[Code], None], arguments: Sequence[jax.Array],
     # h_last is the last shard's, told to all: so its cotangents add up.
     dlast = jax.lax.psum(dlast, axis)
     q = _call(summary, (dlast[0].shape,) * 2, *arguments, *dlast)
-    entering, dh0 = exchange_carries((product[0], -product[1]), (q[0], q[1]), dlast, axis, reverse=True)
+    entering, dh0 = exchange_carries(product, (q[0], q[1]), dlast, axis, reverse=True, conjugate=True)
     first = jax.lax.axis_index(axis) == 0
     return entering, jax.tree.map(lambda v: jnp.where(first, v, jnp.zeros_like(v)), dh0)
 
@@ -410,13 +411,20 @@ def gated_gelu(x: jax.Array, x_bias: jax.Array, gate: jax.Array, gate_bias: jax.
 
 def _gated_forward(x: jax.Array, x_bias: jax.Array, gate: jax.Array, gate_bias: jax.Array):
     biases = jnp.stack([x_bias, gate_bias])
-    return _call(gated_forward, (x.shape,), x, gate, biases)[0], (x, gate, biases)
+    (y,) = _call(gated_forward, (_by_row(x).shape,), _by_row(x), _by_row(gate), biases)
+    return y.reshape(x.shape), (x, gate, biases)
 
 
 def _gated_backward(residuals, dy: jax.Array):
     x, gate, biases = residuals
-    dx, dgate = _call(gated_backward, (x.shape, x.shape), x, gate, dy, biases)
+    rows = _by_row(x), _by_row(gate), _by_row(dy)
+    dx, dgate = (v.reshape(x.shape) for v in _call(gated_backward, (rows[0].shape,) * 2, *rows, biases))
     return dx, column_sum(dx), dgate, column_sum(dgate)
+
+
+def _by_row(x: jax.Array) -> jax.Array:
+    """Every step a recording of its own, so that threads share them out."""
+    return x.reshape(-1, 1, x.shape[-1])
 
 
 gated_gelu.defvjp(_gated_forward, _gated_backward)

@@ -47,8 +47,8 @@ SIZES = {
 class Convolution(nnx.Module):
     """A square convolution, centred, without bias: [n, height, width, in] to [n, height / stride, width / stride, out].
 
-    Groups are convolved one by one: XLA's own grouped convolutions on CPU take 3 to 18 times as long forward, and 25 to
-    50 times as long with their gradients.
+    Groups are convolved one by one: XLA's own grouped convolutions on CPU take up to 18 times as long forward, and 7 to
+    54 times as long with their gradients.
     """
 
     def __init__(self, width_in: int, width: int, size: int, rngs: nnx.Rngs, stride: int = 1, groups: int = 1):
