@@ -30,6 +30,8 @@ _JOB = 32  # int64s of a job: channels from, to; recordings from, to; time, chan
 _BUFFERS = 6
 _GRAIN = 16  # channels of a thread are a multiple of this: a cache line of float32
 _THREADED = 1 << 17  # elements; fewer are not worth starting a thread
+_HUGE = 1 << 21  # bytes of a huge page, and Linux's word for wanting them
+_MADV_HUGEPAGE = 14
 
 
 @functools.cache
@@ -271,7 +273,7 @@ def register(write: Callable[[Code], None], dtype: str, threads: int) -> str:
     code = Code(module, f"{name}_job", np.dtype(dtype))
     write(code)
     code.finish()
-    _write_handler(module, name, code.function, threads)
+    _write_handler(module, name, code.function, threads, np.dtype(dtype).itemsize)
     engine = _compile(module)
     _alive.append(engine)
     handler = ctypes.cast(engine.get_function_address(name), ctypes.c_void_p)
@@ -303,7 +305,33 @@ def _find(name: str) -> None:
         binding.add_symbol(name, ctypes.cast(getattr(ctypes.CDLL(None), name), ctypes.c_void_p).value)
 
 
-def _write_handler(module: ir.Module, name: str, work: ir.Function, threads: int) -> None:
+def _want_huge_pages(
+    module: ir.Module, builder: ir.IRBuilder, count: ir.Value, pointers: ir.Value, itemsize: int
+) -> None:
+    """Results lie in fresh memory, and small pages cost more to map than to fill: threads even meet in them."""
+
+    def number(value: int) -> ir.Value:
+        return ir.Constant(_INT64, value)
+
+    _find("madvise")
+    advise = ir.Function(module, ir.FunctionType(_INT32, [_INT64, _INT64, _INT32]), "madvise")
+    with loop(builder, 0, count) as i:
+        buffer = builder.load(builder.gep(pointers, [i], source_etype=_INT64), typ=_INT64)
+        buffer = builder.inttoptr(buffer, _POINTER)
+        # Those of three dimensions are the large ones.
+        rank, data = load_word(builder, buffer, 32), load_word(builder, buffer, 24)
+        dims = builder.inttoptr(load_word(builder, buffer, 40), _POINTER)
+        with builder.if_then(builder.icmp_signed("==", rank, number(3))):
+            size = number(itemsize)
+            for place in range(3):
+                size = builder.mul(size, load_word(builder, dims, 8 * place))
+            start = builder.and_(builder.add(data, number(_HUGE - 1)), number(-_HUGE))
+            length = builder.and_(builder.sub(builder.add(data, size), start), number(-_HUGE))
+            with builder.if_then(builder.icmp_signed(">", length, number(0))):
+                builder.call(advise, [start, length, ir.Constant(_INT32, _MADV_HUGEPAGE)])
+
+
+def _write_handler(module: ir.Module, name: str, work: ir.Function, threads: int, itemsize: int) -> None:
     function = ir.Function(module, ir.FunctionType(_POINTER, [_POINTER]), name)
     frame = function.args[0]
     builder = ir.IRBuilder(function.append_basic_block())
@@ -342,6 +370,8 @@ def _write_handler(module: ir.Module, name: str, work: ir.Function, threads: int
             buffer = builder.inttoptr(builder.load(element(pointers, i), typ=_INT64), _POINTER)
             builder.store(load_word(builder, buffer, 24), element(jobs, builder.add(placed, i)))
         placed = builder.add(placed, count)
+    if sys.platform == "linux":
+        _want_huge_pages(module, builder, load_word(builder, frame, 96), follow(frame, 112), itemsize)
     arguments, pointers = load_word(builder, frame, 56), follow(frame, 72)
     last = builder.load(element(pointers, builder.sub(arguments, number(1))), typ=_INT64)
     shape, state_shape = follow(follow(pointers, 0), 40), follow(builder.inttoptr(last, _POINTER), 40)
