@@ -153,7 +153,7 @@ class BlockWeights(NamedTuple):
       entry: LN(x) to [Re z | Im z | p_i | p_r | gate], the CG-LRU's input, the gates before their sigmoids, and the
         temporal block's gate before its gelu.
       decay, theta: [channels], 8 softplus(Lambda) and the angle.
-      read: the CG-LRU's output from [Re h | Im h].
+      read_re, read_im: the CG-LRU's output from Re h (with the bias) and from Im h; generation is slower with one.
       last: the temporal block's W_last.
       mlp: LN(x) to [up | gate].
       mlp_last: the MLP block's W_last.
@@ -162,7 +162,8 @@ class BlockWeights(NamedTuple):
     entry: Dense
     decay: jax.Array
     theta: jax.Array
-    read: Dense
+    read_re: Dense
+    read_im: jax.Array
     last: Dense
     mlp: Dense
     mlp_last: Dense
@@ -181,11 +182,13 @@ class Block(nnx.Module):
         unit = temporal.recurrence
         entry, output = _linear(unit.input), _linear(unit.output)
         gates = [Dense(*gate.after(*entry)) for gate in (unit.input_gate, unit.recurrence_gate)]
+        channels = unit.angle.get_value().shape[0]
         return BlockWeights(
             entry=_behind_norm(temporal.norm, entry, *gates, _linear(temporal.gate)),
             decay=_GATE_EXPONENT * nnx.softplus(unit.log_decay.get_value()),
             theta=unit.angle.get_value(),
-            read=output,
+            read_re=Dense(output.kernel[:channels], output.bias),
+            read_im=output.kernel[channels:],
             last=_linear(temporal.last),
             mlp=_behind_norm(mlp.norm, _linear(mlp.up), _linear(mlp.gate)),
             mlp_last=_linear(mlp.last),
@@ -208,8 +211,9 @@ def run_block(
     # Two products instead of one that is cut in two: what a kernel of ours reads must lie by itself.
     n, (kernel, bias) = normalise(x), weights.entry
     h, h_last = cg_lru(product(n, kernel[:, :inner]), bias[:inner], weights.decay, weights.theta, h0, axis=axis)
-    y, gate = product(h, weights.read.kernel), product(n, kernel[:, inner:])
-    branch = dense(gated_gelu(y, weights.read.bias, gate, bias[inner:]), *weights.last)
+    read = jnp.concatenate([weights.read_re.kernel, weights.read_im])
+    y, gate = product(h, read), product(n, kernel[:, inner:])
+    branch = dense(gated_gelu(y, weights.read_re.bias, gate, bias[inner:]), *weights.last)
     x = x + dropout(branch, rate, rng, 2 * number, per_chunk)
     n, (kernel, bias) = normalise(x), weights.mlp
     up, gate = product(n, kernel[:, : 2 * width]), product(n, kernel[:, 2 * width :])
@@ -223,7 +227,7 @@ def step_block(weights: BlockWeights, x: jax.Array, h: Pair) -> tuple[jax.Array,
     z_re, z_im, p_i, p_r, gate = _split(step_dense(step_normalise(x), weights.entry), (channels,) * 4)
     a, driven = recurrence((z_re, z_im), (p_i, p_r), weights.decay, weights.theta)
     h = add(multiply(a, h), driven)
-    y = step_dense(jnp.concatenate(h, axis=-1), weights.read)
+    y = step_dense(h[0], weights.read_re) + h[1] @ weights.read_im
     x = x + step_dense(y * nnx.gelu(gate), weights.last)
     up, gate = _split(step_dense(step_normalise(x), weights.mlp), (2 * x.shape[-1],))
     return x + step_dense(up * nnx.gelu(gate), weights.mlp_last), h
