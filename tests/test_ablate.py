@@ -68,6 +68,7 @@ def results(place, folder="study"):
     return {(row["name"], one["seed"]): one for row in study["runs"] for one in row["results"]}
 
 
+@pytest.mark.slow
 def test_a_study_interrupted_and_gone_on_with(place):
     """One run of another config stands in the way: it is named, the other runs are made and shown. Once it is out of
     the way the same command makes what is missing, and leaves alone what is there."""

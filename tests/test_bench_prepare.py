@@ -13,6 +13,7 @@ def is_figure(value):
     return isinstance(value, (int, float)) and math.isfinite(value) and value > 0
 
 
+@pytest.mark.slow
 def test_prepare_beside_a_bare_script_and_reading_beside_raw_files():
     prepared, read = bench_prepare.suite([(6, 0.5, 22_050)], [(500, 2)], processes=1, rounds=1, read_samples=20_000)
     assert (prepared.pop("what"), prepared["recordings"], prepared["sample_rate"]) == ("prepare", 6, 22_050)

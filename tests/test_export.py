@@ -95,6 +95,7 @@ def same(ours, theirs):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_from_a_run_to_the_hub_and_back_to_the_same_audio(run, the_hub, tmp_path, monkeypatch):
     """The mains as processes: the hub gives the run's average back, which sounds as workflows.generate does."""
     environment = hub_environment(the_hub.url, tmp_path / "home") | {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}

@@ -235,6 +235,7 @@ def test_the_result_is_whole_or_absent(melodies: Path, tmp_path: Path, monkeypat
     assert compare_run(run, melodies, seconds=0.5) == before
 
 
+@pytest.mark.slow
 def test_the_command(melodies: Path, tmp_path: Path) -> None:
     """As a process: the table, the progress, the report."""
     run = make_run(tmp_path / "run", melodies, {"a.wav": melody(1.0, 1_007)})
