@@ -18,6 +18,24 @@ from typing import Any
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
+# What a page looks like once all its sounds are known: how long they are, what sticks out, in which colours.
+LOOK = """(async () => {
+  const players = [...document.querySelectorAll("audio")];
+  const ready = player => player.readyState >= 1 ||
+    new Promise(done => player.addEventListener("loadedmetadata", done));
+  await Promise.all(players.map(ready));
+  const wide = [...document.querySelectorAll("body *")].filter(element =>
+    !element.closest(".table, svg, .chart") && element.getBoundingClientRect().right > innerWidth + 1);
+  return {
+    durations: players.map(player => player.duration),
+    widths: players.map(player => player.getBoundingClientRect().width),
+    pictures: [...document.images].map(image => image.naturalWidth),
+    overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+    wide: wide.map(element => element.outerHTML.slice(0, 80)),
+    colours: [document.body, document.querySelector("h1")].map(e => [
+      getComputedStyle(e).backgroundColor, getComputedStyle(e).color]),
+  };
+})()"""
 _FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --no-first-run --disable-background-networking --mute-audio "
     "--disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-pipe --hide-scrollbars"

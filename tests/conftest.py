@@ -73,3 +73,12 @@ def tiny_data(tmp_path_factory, make_dataset):
     """A prepared data set of twelve short recordings."""
     lengths = [900, 350, 700, 401, 90, 1_200, 640, 1_000, 777, 20, 333, 444]
     return make_dataset(tmp_path_factory.mktemp("tiny"), "tiny", lengths)
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    """A real browser; its tests are skipped where there is none."""
+    from browser import browser
+
+    with browser(tmp_path_factory.mktemp("browser")) as opened:
+        yield opened

@@ -11,14 +11,12 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
-from browser import Browser, browser
 
 from harmonic import audio, report_parts
 from harmonic.errors import UserError
@@ -479,76 +477,3 @@ def test_a_run_made_step_by_step_says_how_to_make_it_again(run: Path) -> None:
     assert "--window_length=16000 --hop_length=16000 --trim_silence=40.0" in words
     assert f"python -m workflows.full_run --config={run}/config.json --workdir={run}-again" in words
     assert f"the data set's fingerprint is {'f' * 64}; jax 0.10.2." in words
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with browser(tmp_path_factory.mktemp("browser")) as opened:
-        yield opened
-
-
-LOOK = """(async () => {
-  const players = [...document.querySelectorAll("audio")];
-  const ready = player => player.readyState >= 1 ||
-    new Promise(done => player.addEventListener("loadedmetadata", done));
-  await Promise.all(players.map(ready));
-  const wide = [...document.querySelectorAll("body *")].filter(element =>
-    !element.closest(".table, svg, .chart") && element.getBoundingClientRect().right > innerWidth + 1);
-  return {
-    durations: players.map(player => player.duration),
-    widths: players.map(player => player.getBoundingClientRect().width),
-    pictures: [...document.images].map(image => image.naturalWidth),
-    overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
-    wide: wide.map(element => element.outerHTML.slice(0, 80)),
-    colours: [document.body, document.querySelector("h1")].map(e => [
-      getComputedStyle(e).backgroundColor, getComputedStyle(e).color]),
-  };
-})()"""
-
-PLAY = """(async () => {
-  const players = [...document.querySelectorAll("audio")], heads = [...document.querySelectorAll(".playhead")];
-  const moves = player => new Promise((done, fail) => {
-    player.addEventListener("timeupdate", () => player.currentTime > 0.05 && done());
-    setTimeout(() => fail("it stands still at " + player.currentTime), 20000);
-  });
-  await players[5].play();
-  await moves(players[5]);
-  await players[0].play();
-  await moves(players[0]);
-  return {
-    times: [players[5].currentTime, players[0].currentTime],
-    paused: players[5].paused,
-    head: [heads[0].style.opacity, parseFloat(heads[0].style.left)],
-  };
-})()"""
-
-
-def brightness(colour: str) -> float:
-    return sum(map(float, re.findall(r"[\d.]+", colour)[:3])) / 3
-
-
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [1_200, 390, 320])
-def test_a_browser_shows_the_report(finished: Path, chromium: Browser, tmp_path: Path, width: int, dark: bool) -> None:
-    """Offline, on a screen and on phones, in light and dark: all sounds load, all pictures show, nothing sticks out."""
-    chromium.open(finished / "report.html", width=width, dark=dark)
-    seen = chromium.evaluate(LOOK)
-    seconds = [*SECONDS, *[0.3] * 6]
-    assert seen["durations"] == pytest.approx(seconds, abs=0.01)
-    assert len(seen["pictures"]) == 12 and all(size > 20 for size in seen["pictures"])
-    assert seen["overflow"] == 0 and seen["wide"] == []
-    assert all(size > 150 for size in seen["widths"])
-    (page, _), (_, ink) = seen["colours"]
-    assert (brightness(page) < 60) == dark and (brightness(ink) > 200) == dark
-    chromium.screenshot(tmp_path / "page.png", whole=True)
-    assert (tmp_path / "page.png").stat().st_size > 20_000
-    assert chromium.problems == []
-
-
-def test_a_browser_plays_the_sounds(finished: Path, chromium: Browser) -> None:
-    """play() advances, the playhead with it, and one sound at a time."""
-    chromium.open(finished / "report.html")
-    seen = chromium.evaluate(PLAY)
-    assert min(seen["times"]) > 0.05 and seen["paused"]
-    assert seen["head"][0] == "1" and seen["head"][1] > 0
-    assert chromium.problems == []

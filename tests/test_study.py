@@ -9,8 +9,8 @@ import math
 import jax
 import numpy as np
 import pytest
-from browser import Browser, browser
-from test_report import LOOK, Page
+from browser import LOOK, Browser
+from test_report import Page
 
 from configs.ablations import SIZES, Published, Run, Study, load_study, study_names
 from harmonic import audio
@@ -249,12 +249,6 @@ def test_the_files_are_whole_and_the_same_again(finished, tmp_path):
     with pytest.raises(UserError, match="not a plain name"):
         write_study(finished, study)
     assert {name: (finished / name).read_bytes() for name in names} == before
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    with browser(tmp_path_factory.mktemp("browser")) as opened:
-        yield opened
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1_200, False), (390, True), (320, False)])

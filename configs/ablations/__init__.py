@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.util
 from pathlib import Path
 
 from configs import sc09, sc09_small
-from harmonic.config import Config
+from harmonic.config import Config, run_file
 from harmonic.errors import UserError
 
 SIZES = ("paper", "small")
@@ -104,11 +103,7 @@ def load_study(name: str, size: str) -> Study:
     if size not in SIZES:
         raise UserError(f"unknown size {size!r}; use {' or '.join(SIZES)}")
     if name.endswith(".py"):
-        spec = importlib.util.spec_from_file_location(Path(name).stem, name)
-        if not Path(name).is_file() or spec is None or spec.loader is None:
-            raise UserError(f"the study {name} does not exist; use {', '.join(study_names())}, or a path to a .py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = run_file(Path(name), f"the study {name}", f"use {', '.join(study_names())}, or a path to a .py")
     elif name in study_names():
         module = importlib.import_module(f"configs.ablations.{name}")
     else:
