@@ -136,10 +136,10 @@ class Checkpoints:
         )
 
     def _mend(self) -> None:
-        """Removes checkpoints that were never finished, and sets aside those that are no more as they were written.
+        """Removes a checkpoint that was never finished, and sets aside those that are no more as they were written.
 
         Raises:
-          UserError: the latter are all there is.
+          UserError: the latter are all there is; or several have no checksums, which no interruption leaves behind.
         """
         with files.write_errors(self.folder):
             # Orbax would remove temporary folders in a thread, which trips over itself.
@@ -148,6 +148,12 @@ class Checkpoints:
             steps = [int(path.name) for path in self.folder.glob("[0-9]*") if path.name.isdigit()]
             found = {step: files.changes(self.folder / str(step), _CHECKSUMS) for step in sorted(steps)}
             damaged = {step: names for step, names in found.items() if names}
+            unfinished = [step for step, names in found.items() if names is None]
+            if len(unfinished) > 1:
+                raise UserError(
+                    f"checkpoints {unfinished} in {self.folder} have no {_CHECKSUMS}: an earlier version of this "
+                    "program wrote them; go on with that one, or give another --workdir"
+                )
             if damaged and [] not in found.values():
                 raise self._none_left(*max(damaged.items()))
             for step, names in damaged.items():
@@ -155,7 +161,7 @@ class Checkpoints:
                 shutil.rmtree(aside, ignore_errors=True)
                 (self.folder / str(step)).rename(aside)
                 _say(f"{self._fault(step, names)}; it is set aside as {aside.name}")
-            for step in (step for step, names in found.items() if names is None):
+            for step in unfinished:
                 shutil.rmtree(self.folder / str(step))
                 _say(f"checkpoint {step} in {self.folder} was never finished; it is removed")
 
