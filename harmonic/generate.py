@@ -4,11 +4,13 @@
         play(decode(chunk.tokens[0], "mu_law"))
 
 A stream's samples depend on the weights, the seed and its number alone: not on the batch nor on the chunks. On CPU the
-streams are cut over the cores: products of so few rows are faster side by side than each on all cores.
+streams are cut over the cores: products of so few rows are faster side by side than each on all cores. A core that
+would have none helps with another's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -21,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from harmonic.errors import UserError
+from harmonic.kernels import team
 from harmonic.kernels.dense import platform
 from harmonic.models import HarmonicRNN, State
 
@@ -151,12 +154,14 @@ def generate(
     key = jax.random.key(seed)
     keys = [jax.vmap(functools.partial(jax.random.fold_in, key))(first_stream + rows) for rows in parts]
     weights = _unstack_function(model)(params)
+    # A core without streams of its own helps another.
+    helped = len(parts) < cores and model.native_step(weights.head.kernel.dtype)
     run = _chunk_function(model, min(chunk, length), float(temperature), float(top_p), platform())
     for first in range(0, length, chunk):
         steps = min(chunk, length - first)
         on = functools.partial(run, weights, first=np.int32(first), steps=np.int32(steps))
-        with ThreadPoolExecutor(len(parts)) as pool:
-            made = list(pool.map(on, states, keys))
+        with ThreadPoolExecutor(len(parts)) as pool, team.helper() if helped else contextlib.nullcontext():
+            made = jax.block_until_ready(list(pool.map(on, states, keys)))
         states, tokens, nats = ([part[i] for part in made] for i in range(3))
         yield Chunk(np.concatenate(tokens, axis=1)[:steps].swapaxes(0, 1), np.concatenate(nats))
 

@@ -1,5 +1,7 @@
 """The model: parameter counts, laws 1 (causality) and 2 (training is generation), sampling."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -201,8 +203,9 @@ def test_sampling_follows_the_distribution():
     np.testing.assert_array_equal(model.sample(logits[:2], ends)[:, 0], [0, 3])
 
 
-def test_generation_depends_on_seed_and_stream_alone():
-    model, params = make(CONFIGS["uneven"])
+@pytest.mark.parametrize("sizes", [{}, {"width": 32, "state_width": 64}], ids=["plain", "machine code"])
+def test_generation_depends_on_seed_and_stream_alone(sizes):
+    model, params = make(dataclasses.replace(CONFIGS["uneven"], **sizes))
 
     def run(**kwargs):
         return np.concatenate([c.tokens for c in generate(model, params, length=50, **kwargs)], axis=1)

@@ -28,6 +28,7 @@ _BYTE, _INT32, _INT64, _POINTER = ir.IntType(8), ir.IntType(32), ir.IntType(64),
 _FLAGS = ("contract", "nsz")  # a product and a sum may become one instruction; no number is taken to be finite
 _JOB = 32  # int64s of a job: channels from, to; recordings from, to; time, channels; the buffers' addresses
 _BUFFERS = 6
+ARGUMENTS, RESULTS = 40, 80  # where a call frame holds them
 _GRAIN = 16  # channels of a thread are a multiple of this: a cache line of float32
 _THREADED = 1 << 17  # elements; fewer are not worth starting a thread
 _HUGE = 1 << 21  # bytes of a huge page, and Linux's word for wanting them
@@ -46,9 +47,9 @@ def available() -> bool:
 
 
 class Value:
-    """A float, or a vector of as many as `Code.lanes` says, of the kernel's type."""
+    """A float, or a vector of as many as `Floats.lanes` says, of the kernel's type."""
 
-    def __init__(self, code: Code, value: ir.Value):
+    def __init__(self, code: Floats, value: ir.Value):
         self.code, self.value = code, value
 
     def _other(self, other: Value | float) -> ir.Value:
@@ -92,32 +93,17 @@ class Value:
         return self.code.builder.fcmp_ordered(">", self.value, self._other(other))
 
 
-class Code:
-    """A function being written, of one job: some channels, or some recordings, at all times.
+class Floats:
+    """Instructions on floats of one type, at the end of what `builder` writes.
 
     Attributes:
-      time, channels: the sizes of the whole, int64.
       lanes: values that one instruction works on now.
     """
 
-    def __init__(self, module: ir.Module, name: str, dtype: np.dtype):
-        self.dtype = dtype
-        self._float = ir.FloatType() if dtype == np.float32 else ir.DoubleType()
-        self._widest = 16 if dtype == np.float32 else 1  # float64 calls the C library, a number at a time
-        self.lanes = self._widest
-        function = ir.Function(module, ir.FunctionType(_POINTER, [_POINTER]), name)
-        self._module, self.function = module, function
-        self.builder = ir.IRBuilder(function.append_basic_block())
-        job = function.args[0]
-        self._job = [self._word(job, i) for i in range(_JOB)]
-        self._from, self._to, self._first, self._end, self.time, self.channels = self._job[:_BUFFERS]
-
-    def _word(self, pointer: ir.Value, index: int) -> ir.Value:
-        return load_word(self.builder, pointer, 8 * index)
-
-    def finish(self) -> None:
-        """Ends the function."""
-        self.builder.ret(ir.Constant(_POINTER, None))
+    def __init__(self, module: ir.Module, builder: ir.IRBuilder, dtype: np.dtype, lanes: int):
+        self.builder, self.dtype, self.lanes = builder, dtype, lanes
+        self.kind = ir.FloatType() if dtype == np.float32 else ir.DoubleType()
+        self._module = module
 
     def splat(self, number: float) -> Any:
         """A constant's lanes."""
@@ -126,7 +112,7 @@ class Code:
 
     @property
     def _type(self) -> ir.Type:
-        return self._float if self.lanes == 1 else ir.VectorType(self._float, self.lanes)
+        return self.kind if self.lanes == 1 else ir.VectorType(self.kind, self.lanes)
 
     @contextlib.contextmanager
     def loop(self, start: ir.Value | int, stop: ir.Value, step: int = 1) -> Iterator[ir.Value]:
@@ -134,52 +120,9 @@ class Code:
         with loop(self.builder, start, stop, step) as index:
             yield index
 
-    def each_recording(self) -> contextlib.AbstractContextManager[ir.Value]:
-        """The body of a loop over the job's recordings."""
-        return loop(self.builder, self._first, self._end)
-
-    def each_channel(self, body: Callable[[ir.Value], None]) -> None:
-        """`body(c)` for the job's channels, as many lanes at a time as fit, and the rest one by one."""
-        count = self.builder.sub(self._to, self._from)
-        whole = self.builder.add(self._from, self.builder.and_(count, ir.Constant(_INT64, -self._widest)))
-        with self.loop(self._from, whole, self._widest) as channel:
-            body(channel)
-        if self._widest > 1:
-            self.lanes = 1
-            with self.loop(whole, self._to) as channel:
-                body(channel)
-            self.lanes = self._widest
-
     def int64(self, number: int) -> ir.Value:
         """A count or a place."""
         return ir.Constant(_INT64, number)
-
-    def row(self, recording: ir.Value, time: ir.Value) -> ir.Value:
-        """The row of a [batch, time, ..] buffer."""
-        return self.builder.add(self.builder.mul(recording, self.time), time)
-
-    def _address(self, buffer: int, row: ir.Value, width: ir.Value, column: ir.Value) -> ir.Value:
-        index = self.builder.add(self.builder.mul(row, width), column)
-        base = self.builder.inttoptr(self._job[_BUFFERS + buffer], _POINTER)
-        return self.builder.gep(base, [index], source_etype=self._float)
-
-    def load(self, buffer: int, row: ir.Value | int, column: ir.Value, parts: int = 1, part: int = 0) -> Value:
-        """Row `row` of a buffer of rows of `parts` x channels, at channel `column` of part `part`."""
-        where = self._place(buffer, row, column, parts, part)
-        return Value(self, self.builder.load(where, align=self.dtype.itemsize, typ=self._type))
-
-    def store(
-        self, value: Value, buffer: int, row: ir.Value | int, column: ir.Value, parts: int = 1, part: int = 0
-    ) -> None:
-        """The other way."""
-        where = self._place(buffer, row, column, parts, part)
-        self.builder.store(value.value, where, align=self.dtype.itemsize)
-
-    def _place(self, buffer: int, row: ir.Value | int, column: ir.Value, parts: int, part: int) -> ir.Value:
-        row = ir.Constant(_INT64, row) if isinstance(row, int) else row
-        width = self.builder.mul(self.channels, ir.Constant(_INT64, parts))
-        skipped = self.builder.mul(self.channels, ir.Constant(_INT64, part))
-        return self._address(buffer, row, width, self.builder.add(skipped, column))
 
     def constant(self, number: float) -> Value:
         """The number, in every lane."""
@@ -191,12 +134,12 @@ class Code:
 
     def call(self, name: str, x: Value) -> Value:
         """An LLVM intrinsic (`llvm.sqrt`) or, for single numbers, a function of the C library (`expm1`)."""
-        kind = self._float
+        kind = self.kind
         if name.startswith("llvm."):
             kind = self._type
             name += f".{'' if self.lanes == 1 else f'v{self.lanes}'}f{8 * self.dtype.itemsize}"
         else:
-            _find(name)
+            find(name)
         function = self._module.globals.get(name)
         if function is None:
             function = ir.Function(self._module, ir.FunctionType(kind, [kind]), name)
@@ -226,9 +169,87 @@ class Code:
         return Value(self, builder.bitcast(bits, self._type))
 
 
+class Code(Floats):
+    """A function being written, of one job: some channels, or some recordings, at all times.
+
+    Attributes:
+      time, channels: the sizes of the whole, int64.
+    """
+
+    def __init__(self, module: ir.Module, name: str, dtype: np.dtype):
+        self.function = ir.Function(module, ir.FunctionType(_POINTER, [_POINTER]), name)
+        # float64 calls the C library, a number at a time.
+        super().__init__(
+            module, ir.IRBuilder(self.function.append_basic_block()), dtype, 16 if dtype == np.float32 else 1
+        )
+        self._widest = self.lanes
+        job = self.function.args[0]
+        self._job = [load_word(self.builder, job, 8 * i) for i in range(_JOB)]
+        self._from, self._to, self._first, self._end, self.time, self.channels = self._job[:_BUFFERS]
+
+    def finish(self) -> None:
+        """Ends the function."""
+        self.builder.ret(ir.Constant(_POINTER, None))
+
+    def each_recording(self) -> contextlib.AbstractContextManager[ir.Value]:
+        """The body of a loop over the job's recordings."""
+        return loop(self.builder, self._first, self._end)
+
+    def each_channel(self, body: Callable[[ir.Value], None]) -> None:
+        """`body(c)` for the job's channels, as many lanes at a time as fit, and the rest one by one."""
+        count = self.builder.sub(self._to, self._from)
+        whole = self.builder.add(self._from, self.builder.and_(count, ir.Constant(_INT64, -self._widest)))
+        with self.loop(self._from, whole, self._widest) as channel:
+            body(channel)
+        if self._widest > 1:
+            self.lanes = 1
+            with self.loop(whole, self._to) as channel:
+                body(channel)
+            self.lanes = self._widest
+
+    def row(self, recording: ir.Value, time: ir.Value) -> ir.Value:
+        """The row of a [batch, time, ..] buffer."""
+        return self.builder.add(self.builder.mul(recording, self.time), time)
+
+    def _address(self, buffer: int, row: ir.Value, width: ir.Value, column: ir.Value) -> ir.Value:
+        index = self.builder.add(self.builder.mul(row, width), column)
+        base = self.builder.inttoptr(self._job[_BUFFERS + buffer], _POINTER)
+        return self.builder.gep(base, [index], source_etype=self.kind)
+
+    def load(self, buffer: int, row: ir.Value | int, column: ir.Value, parts: int = 1, part: int = 0) -> Value:
+        """Row `row` of a buffer of rows of `parts` x channels, at channel `column` of part `part`."""
+        where = self._place(buffer, row, column, parts, part)
+        return Value(self, self.builder.load(where, align=self.dtype.itemsize, typ=self._type))
+
+    def store(
+        self, value: Value, buffer: int, row: ir.Value | int, column: ir.Value, parts: int = 1, part: int = 0
+    ) -> None:
+        """The other way."""
+        where = self._place(buffer, row, column, parts, part)
+        self.builder.store(value.value, where, align=self.dtype.itemsize)
+
+    def _place(self, buffer: int, row: ir.Value | int, column: ir.Value, parts: int, part: int) -> ir.Value:
+        row = ir.Constant(_INT64, row) if isinstance(row, int) else row
+        width = self.builder.mul(self.channels, ir.Constant(_INT64, parts))
+        skipped = self.builder.mul(self.channels, ir.Constant(_INT64, part))
+        return self._address(buffer, row, width, self.builder.add(skipped, column))
+
+
 def load_word(builder: ir.IRBuilder, pointer: ir.Value, offset: int) -> ir.Value:
     """The int64 that stands `offset` bytes behind the pointer."""
     return builder.load(builder.gep(pointer, [ir.Constant(_INT64, offset)], source_etype=_BYTE), typ=_INT64)
+
+
+def follow(builder: ir.IRBuilder, pointer: ir.Value, offset: int) -> ir.Value:
+    """The pointer that stands there."""
+    return builder.inttoptr(load_word(builder, pointer, offset), _POINTER)
+
+
+def room(builder: ir.IRBuilder, words: int) -> ir.Value:
+    """int64s on the stack."""
+    # By way of an integer: llvmlite's stack pointers know their type, all others do not.
+    address = builder.ptrtoint(builder.alloca(ir.ArrayType(_INT64, words)), _INT64)
+    return builder.inttoptr(address, _POINTER)
 
 
 @contextlib.contextmanager
@@ -274,17 +295,15 @@ def register(write: Callable[[Code], None], dtype: str, threads: int) -> str:
     write(code)
     code.finish()
     _write_handler(module, name, code.function, threads, np.dtype(dtype).itemsize)
-    engine = _compile(module)
-    _alive.append(engine)
-    handler = ctypes.cast(engine.get_function_address(name), ctypes.c_void_p)
-    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
+    publish(module, name)
     return name
 
 
-_alive: list[Any] = []  # XLA calls what these hold
+_alive: list[Any] = []  # what is called lies in these
 
 
-def _compile(module: ir.Module) -> Any:
+def compile_module(module: ir.Module, name: str) -> int:
+    """The address of its function `name`, which stays for good."""
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     features = binding.get_host_cpu_features().flatten()
@@ -296,13 +315,48 @@ def _compile(module: ir.Module) -> Any:
     passes.getModulePassManager().run(parsed, passes)
     engine = binding.create_mcjit_compiler(parsed, machine)
     engine.finalize_object()
-    return engine
+    _alive.append(engine)
+    return engine.get_function_address(name)
 
 
-def _find(name: str) -> None:
+def find(name: str) -> None:
     """Lets a C function of this process be called by name."""
     if not binding.address_of_symbol(name):
         binding.add_symbol(name, ctypes.cast(getattr(ctypes.CDLL(None), name), ctypes.c_void_p).value)
+
+
+def start_handler(module: ir.Module, name: str) -> tuple[ir.IRBuilder, ir.Value]:
+    """A function that XLA can call: what is written next, and the call frame, where `buffers` finds the arrays.
+
+    The frame holds {size, .., count, types, pointers} of the arguments at 40 and of the results at 80; a buffer its
+    data at 24 and its dimensions at 40.
+    """
+    function = ir.Function(module, ir.FunctionType(_POINTER, [_POINTER]), name)
+    builder, frame = ir.IRBuilder(function.append_basic_block()), function.args[0]
+    null = ir.Constant(_POINTER, None)
+    # An extension of type 1 asks for the version that the handler speaks: {.., type at 8, metadata at 24}, whose
+    # version stands at 8 and in it the numbers at 16 and 20.
+    extension = follow(builder, frame, 8)
+    with builder.if_then(builder.icmp_unsigned("!=", extension, null)):
+        metadata = follow(builder, extension, 24)
+        for i, part in enumerate(_VERSION):
+            place = builder.gep(metadata, [ir.Constant(_INT64, 8 + 16 + 4 * i)], source_etype=_BYTE)
+            builder.store(ir.Constant(_INT32, part), place)
+        builder.ret(null)
+    return builder, frame
+
+
+def buffers(builder: ir.IRBuilder, frame: ir.Value, group: int, count: int) -> list[tuple[ir.Value, ir.Value]]:
+    """(data, dimensions) of the first arguments (group ARGUMENTS) or results (RESULTS) of a call."""
+    pointers = follow(builder, frame, group + 32)
+    found = (follow(builder, pointers, 8 * i) for i in range(count))
+    return [(follow(builder, buffer, 24), follow(builder, buffer, 40)) for buffer in found]
+
+
+def publish(module: ir.Module, name: str) -> None:
+    """Compiles the module and makes its function `name` a custom call of the CPU platform."""
+    handler = ctypes.c_void_p(compile_module(module, name))
+    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
 
 
 def _want_huge_pages(
@@ -313,7 +367,7 @@ def _want_huge_pages(
     def number(value: int) -> ir.Value:
         return ir.Constant(_INT64, value)
 
-    _find("madvise")
+    find("madvise")
     advise = ir.Function(module, ir.FunctionType(_INT32, [_INT64, _INT64, _INT32]), "madvise")
     with loop(builder, 0, count) as i:
         buffer = builder.load(builder.gep(pointers, [i], source_etype=_INT64), typ=_INT64)
@@ -332,49 +386,30 @@ def _want_huge_pages(
 
 
 def _write_handler(module: ir.Module, name: str, work: ir.Function, threads: int, itemsize: int) -> None:
-    function = ir.Function(module, ir.FunctionType(_POINTER, [_POINTER]), name)
-    frame = function.args[0]
-    builder = ir.IRBuilder(function.append_basic_block())
+    builder, frame = start_handler(module, name)
     null = ir.Constant(_POINTER, None)
 
     def number(value: int) -> ir.Value:
         return ir.Constant(_INT64, value)
 
-    def follow(pointer: ir.Value, offset: int) -> ir.Value:
-        return builder.inttoptr(load_word(builder, pointer, offset), _POINTER)
-
     def element(pointer: ir.Value, index: ir.Value) -> ir.Value:
         return builder.gep(pointer, [index], source_etype=_INT64)
 
-    def room(words: int) -> ir.Value:
-        # By way of an integer: llvmlite's stack pointers know their type, all others do not.
-        address = builder.ptrtoint(builder.alloca(ir.ArrayType(_INT64, words)), _INT64)
-        return builder.inttoptr(address, _POINTER)
-
-    # An extension of type 1 asks for the version that the handler speaks: {.., type at 8, metadata at 24}, whose
-    # version stands at 8 and in it the numbers at 16 and 20.
-    extension = follow(frame, 8)
-    with builder.if_then(builder.icmp_unsigned("!=", extension, null)):
-        for i, part in enumerate(_VERSION):
-            place = builder.gep(follow(extension, 24), [number(8 + 16 + 4 * i)], source_etype=_BYTE)
-            builder.store(ir.Constant(_INT32, part), place)
-        builder.ret(null)
-    # The frame holds {size, .., count, types, pointers} of the arguments at 40 and of the results at 80; a buffer its
-    # data at 24 and its dimensions at 40.
-    jobs = room(threads * _JOB)
-    ids = room(threads)
+    jobs = room(builder, threads * _JOB)
+    ids = room(builder, threads)
     placed: ir.Value = number(_BUFFERS)
-    for group in (40, 80):
-        count, pointers = load_word(builder, frame, group + 16), follow(frame, group + 32)
+    for group in (ARGUMENTS, RESULTS):
+        count, pointers = load_word(builder, frame, group + 16), follow(builder, frame, group + 32)
         with loop(builder, 0, count) as i:
             buffer = builder.inttoptr(builder.load(element(pointers, i), typ=_INT64), _POINTER)
             builder.store(load_word(builder, buffer, 24), element(jobs, builder.add(placed, i)))
         placed = builder.add(placed, count)
     if sys.platform == "linux":
-        _want_huge_pages(module, builder, load_word(builder, frame, 96), follow(frame, 112), itemsize)
-    arguments, pointers = load_word(builder, frame, 56), follow(frame, 72)
+        _want_huge_pages(module, builder, load_word(builder, frame, 96), follow(builder, frame, 112), itemsize)
+    arguments, pointers = load_word(builder, frame, 56), follow(builder, frame, 72)
     last = builder.load(element(pointers, builder.sub(arguments, number(1))), typ=_INT64)
-    shape, state_shape = follow(follow(pointers, 0), 40), follow(builder.inttoptr(last, _POINTER), 40)
+    (_, shape), *_ = buffers(builder, frame, ARGUMENTS, 1)
+    state_shape = follow(builder, builder.inttoptr(last, _POINTER), 40)
     batch, time, channels = (
         load_word(builder, shape, 0),
         load_word(builder, shape, 8),
@@ -397,8 +432,8 @@ def _write_handler(module: ir.Module, name: str, work: ir.Function, threads: int
     share = builder.mul(share, grain)
     place = builder.select(apart, number(2), number(0))
     pthread = ir.FunctionType(_INT32, [_POINTER] * 4)
-    _find("pthread_create")
-    _find("pthread_join")
+    find("pthread_create")
+    find("pthread_join")
     create = ir.Function(module, pthread, "pthread_create")
     join = ir.Function(module, ir.FunctionType(_INT32, [_INT64, _POINTER]), "pthread_join")
 

@@ -16,7 +16,7 @@ from llvmlite import ir
 from harmonic.kernels import machine
 from harmonic.kernels.context_parallel import exchange_carries
 from harmonic.kernels.dense import column_sum
-from harmonic.kernels.machine import Code, Value
+from harmonic.kernels.machine import Code, Floats, Value
 from harmonic.kernels.reference import Pair, add, multiply, multiply_conjugate
 
 _SQRT_GRADIENT = 200.0  # as `gates`
@@ -24,7 +24,7 @@ _PARTIAL = 256  # steps whose parameter gradients are added up one by one; XLA a
 _Pair = tuple[Value, Value]
 
 
-def _expm1(code: Code, y: Value) -> Value:
+def _expm1(code: Floats, y: Value) -> Value:
     """exp(y) - 1 for y <= 0, without cancellation near 0."""
     if code.dtype == "float64":
         return code.call("expm1", y)
@@ -39,12 +39,12 @@ def _expm1(code: Code, y: Value) -> Value:
     return power * p + (power - 1.0)
 
 
-def _sigmoid(code: Code, v: Value) -> Value:
+def _sigmoid(code: Floats, v: Value) -> Value:
     e = _expm1(code, -code.call("llvm.fabs", v)) + 1.0  # exp(-|v|) never overflows
     return code.where(v < 0.0, e, code.constant(1.0)) / (1.0 + e)
 
 
-def _sincos(code: Code, x: Value) -> _Pair:
+def _sincos(code: Floats, x: Value) -> _Pair:
     if code.dtype == "float64":
         return code.call("sin", x), code.call("cos", x)
     quadrant = code.call("llvm.floor", x * 0.6366197723675814 + 0.5)
@@ -61,10 +61,10 @@ def _sincos(code: Code, x: Value) -> _Pair:
     return code.where(code.bit(number, 2), -sine, sine), code.where(code.bit(after, 2), -cosine, cosine)
 
 
-class _Gates:
+class Gates:
     """What `gates.recurrence` computes, and its derivative."""
 
-    def __init__(self, code: Code, z: _Pair, p_i: Value, p_r: Value, decay: Value, theta: Value):
+    def __init__(self, code: Floats, z: _Pair, p_i: Value, p_r: Value, decay: Value, theta: Value):
         self.code, self.z, self.decay, self.theta = code, z, decay, theta
         self.i, self.r = _sigmoid(code, p_i), _sigmoid(code, p_r)
         m = _expm1(code, -decay * self.r)
@@ -272,10 +272,10 @@ def lru_backward(code: Code) -> None:
         step(code.row(b, code.int64(0)), builder.mul(b, pieces), lambda c: _load(code, h0, b, c))
 
 
-def _read_gates(code: Code, u: int, parameters: tuple[int, int, int], row: ir.Value, c: ir.Value) -> _Gates:
+def _read_gates(code: Code, u: int, parameters: tuple[int, int, int], row: ir.Value, c: ir.Value) -> Gates:
     bias, decay, theta = parameters
     z_re, z_im, p_i, p_r = (code.load(u, row, c, parts=4, part=part) + code.load(bias, part, c) for part in range(4))
-    return _Gates(code, (z_re, z_im), p_i, p_r, code.load(decay, 0, c), code.load(theta, 0, c))
+    return Gates(code, (z_re, z_im), p_i, p_r, code.load(decay, 0, c), code.load(theta, 0, c))
 
 
 def gated_forward(code: Code) -> None:
@@ -283,7 +283,7 @@ def gated_forward(code: Code) -> None:
 
     def channel(row: ir.Value, c: ir.Value) -> None:
         x, gate = (code.load(i, row, c) + code.load(2, i, c) for i in (0, 1))
-        code.store(x * gate * _gelu_slope(code, gate)[0], 3, row, c)
+        code.store(x * gate * gelu_slope(code, gate)[0], 3, row, c)
 
     _each_row(code, channel)
 
@@ -294,7 +294,7 @@ def gated_backward(code: Code) -> None:
     def channel(row: ir.Value, c: ir.Value) -> None:
         x, gate = (code.load(i, row, c) + code.load(3, i, c) for i in (0, 1))
         dy = code.load(2, row, c)
-        share, dshare = _gelu_slope(code, gate)
+        share, dshare = gelu_slope(code, gate)
         code.store(dy * gate * share, 4, row, c)
         code.store(dy * x * (share + gate * dshare), 5, row, c)
 
@@ -307,7 +307,7 @@ def _each_row(code: Code, channel: Callable[[ir.Value, ir.Value], None]) -> None
         code.each_channel(lambda c: channel(row, c))
 
 
-def _gelu_slope(code: Code, x: Value) -> _Pair:
+def gelu_slope(code: Floats, x: Value) -> _Pair:
     """gelu(x) / x and its derivative: (1 + tanh(s)) / 2 = sigmoid(2 s), s = sqrt(2 / pi) (x + 0.044715 x^3)."""
     twice = 1.5957691216057308
     share = _sigmoid(code, twice * x * (1.0 + 0.044715 * x * x))

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from harmonic.config import ModelConfig
-from harmonic.kernels import Pair
+from harmonic.kernels import Pair, native_step
 from harmonic.kernels.context_parallel import left_halo
+from harmonic.kernels.dense import platform
 from harmonic.models import layers
 from harmonic.models.layers import Dropout
 
@@ -38,7 +39,7 @@ class State(NamedTuple):
     Attributes:
       position: int32, samples since the last pooling boundary: 0 before and after a segment.
       last: [batch, channels] int32, the newest token.
-      hidden: complex [blocks, batch, state_width / 2]; unstacked, a list of the blocks' own.
+      hidden: complex [blocks, batch, state_width / 2]; unstacked, by stack, as `layers.step_stack` takes it.
       pending: for each pooling, [batch, f - 1, width]: outputs of the up-pool that are due at positions 0 .. f - 2.
       collected: for each pooling, [batch, f - 1, width]: inputs of the down-pool seen so far; zeros at a boundary.
     """
@@ -57,7 +58,7 @@ class Weights(NamedTuple):
       embedding: its parameters; unstacked, the table [num_levels, width] of what it gives for each token.
       head: the layer to logits, behind `normalise`.
       pools: by name, `down_pool_0`, ...
-      blocks: along a leading axis; unstacked, a list.
+      blocks: along a leading axis; unstacked, by stack, as `layers.step_stack` takes them.
     """
 
     embedding: Any
@@ -67,9 +68,9 @@ class Weights(NamedTuple):
 
 
 class _Inside(NamedTuple):
-    """What a level and those within it keep of the past: `State`'s arrays, its blocks' states as a list."""
+    """What a level and those within it keep of the past: `State`'s arrays, `hidden` of their stacks alone."""
 
-    hidden: list[Pair]
+    hidden: dict[str, Any]
     pending: tuple[jax.Array, ...]
     collected: tuple[jax.Array, ...]
 
@@ -165,15 +166,25 @@ class HarmonicRNN:
             blocks=jax.vmap(lambda block: self._block.bind(block).fuse())(params["blocks"]),
         )
 
+    def native_step(self, dtype: jnp.dtype) -> bool:
+        """Whether `step` runs machine code of ours on weights and states of this type."""
+        sizes = self.config.width, self.config.state_width // 2
+        return platform() == "cpu" and native_step.fits(*sizes, dtype)
+
     def unstack(self, params: Params | Weights) -> Weights:
-        """Weights with the blocks as a list: what `step` wants inside a loop, so that the loop need not cut the blocks
-        out of their stack for every sample."""
+        """Weights as `step` wants them inside a loop, so that the loop need not arrange them for every sample: blocks
+        by stack, packed for machine code or one by one, and the embedding as a table."""
         weights = self.fuse(params)
-        if isinstance(weights.blocks, list):
+        if isinstance(weights.blocks, dict):
             return weights
-        blocks = [jax.tree.map(lambda v, i=i: v[i], weights.blocks) for i in range(self.num_blocks)]
+        arrange = native_step.pack if self.native_step(weights.head.kernel.dtype) else self._one_by_one
+        blocks = {name: arrange(stack) for name, stack in self._cut(weights.blocks).items()}
         table = self._embed(weights, jnp.arange(self.num_levels)[:, None, None], None)[:, 0]
         return weights._replace(blocks=blocks, embedding=table)
+
+    @staticmethod
+    def _one_by_one(stack: Any) -> list[Any]:
+        return [jax.tree.map(lambda v, i=i: v[i], stack) for i in range(len(jax.tree.leaves(stack)[0]))]
 
     def init_state(self, batch: int, dtype: jnp.dtype = jnp.float32) -> State:
         """The state before a recording: no past, and the middle token (128 of 256) for the newest."""
@@ -291,27 +302,25 @@ class HarmonicRNN:
           (logits [batch, 1, channels, num_levels], state; its `last` is for the caller to set, by `observe`).
         """
         weights = self.unstack(params)
-        if not isinstance(state.hidden, list):
+        if not isinstance(state.hidden, dict):
             logits, state = self.step(weights, inputs, self.unstack_state(state))
             return logits, self.stack_state(state)
         factors, hidden = self.config.pool_factors, state.hidden
 
-        def run(name: str, x: jax.Array, blocks: list[Pair]) -> tuple[jax.Array, list[Pair]]:
-            first = self._stacks[name].first
-            for i in range(len(blocks)):
-                x, blocks[i] = layers.step_block(weights.blocks[first + i], x, blocks[i])
-            return x, blocks
+        def run(name: str, x: jax.Array, inside: _Inside) -> tuple[jax.Array, Any]:
+            return layers.step_stack(weights.blocks[name], x, inside.hidden[name])
 
         def descend(level: int, x: jax.Array, inside: _Inside) -> tuple[jax.Array, _Inside]:
             """The levels from `level` inwards, which see nothing of the ones around them."""
             if level == len(factors):
-                x, blocks = run("inner", x, list(inside.hidden))
-                return x, inside._replace(hidden=blocks)
-            down, up = (self._stacks[f"{way}_{level}"].blocks for way in ("down", "up"))
-            x, before = run(f"down_{level}", x, list(inside.hidden[:down]))
+                x, hidden = run("inner", x, inside)
+                return x, inside._replace(hidden={"inner": hidden})
+            ends = down, up = f"down_{level}", f"up_{level}"
+            x, before = run(down, x, inside)
             factor = factors[level]
             place = (state.position // math.prod(factors[:level])) % factor
-            within = _Inside(inside.hidden[down:-up], inside.pending[1:], inside.collected[1:])
+            hidden = {name: h for name, h in inside.hidden.items() if name not in ends}
+            within = _Inside(hidden, inside.pending[1:], inside.collected[1:])
             kept = pending, collected, within = inside.pending[0], inside.collected[0], within
             complete = place == factor - 1
             due = jax.lax.dynamic_index_in_dim(pending, jnp.minimum(place, factor - 2), 1, keepdims=False)
@@ -329,10 +338,9 @@ class HarmonicRNN:
             pending, collected, within = kept
             newest = jnp.where(complete, jnp.zeros_like(x), x)
             collected = jax.lax.dynamic_update_index_in_dim(collected, newest, jnp.minimum(place, factor - 2), 1)
-            x, after = run(f"up_{level}", x + due, list(inside.hidden[-up:]))
-            return x, _Inside(
-                [*before, *within.hidden, *after], (pending, *within.pending), (collected, *within.collected)
-            )
+            x, after = run(up, x + due, inside)
+            hidden = {down: before, **within.hidden, up: after}
+            return x, _Inside(hidden, (pending, *within.pending), (collected, *within.collected))
 
         x = weights.embedding[state.last[:, 0]]
         x, inside = descend(0, x, _Inside(hidden, state.pending, state.collected))
@@ -341,12 +349,18 @@ class HarmonicRNN:
         return logits[:, None, None], State(position, state.last, *inside)
 
     def unstack_state(self, state: State) -> State:
-        """The state with a list of the blocks' own: what `step` wants inside a loop, as it does unstacked weights."""
-        return state._replace(hidden=[jax.tree.map(lambda v, i=i: v[i], state.hidden) for i in range(self.num_blocks)])
+        """The state with `hidden` by stack: what `step` wants inside a loop, as it does unstacked weights."""
+        stacks = self._cut(state.hidden)
+        if not self.native_step(state.hidden[0].dtype):
+            stacks = {name: self._one_by_one(stack) for name, stack in stacks.items()}
+        return state._replace(hidden=stacks)
 
     def stack_state(self, state: State) -> State:
         """Undoes `unstack_state`."""
-        return state._replace(hidden=jax.tree.map(lambda *blocks: jnp.stack(blocks), *state.hidden))
+        hidden = [state.hidden[name] for name in self._stacks]
+        if isinstance(hidden[0], list):
+            hidden = [jax.tree.map(lambda *blocks: jnp.stack(blocks), *stack) for stack in hidden]
+        return state._replace(hidden=jax.tree.map(lambda *stacks: jnp.concatenate(stacks), *hidden))
 
     def observe(self, state: State, tokens: jax.Array) -> State:
         """The state once the sample that `step` predicted is known: tokens [batch, channels]."""

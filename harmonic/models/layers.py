@@ -6,14 +6,14 @@ Shapes: [batch, time, width]. Every initial value follows the paper (arXiv 2510.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from harmonic.config import ModelConfig
-from harmonic.kernels import Pair, cg_lru, gated_gelu
+from harmonic.kernels import Pair, cg_lru, gated_gelu, native_step
 from harmonic.kernels.dense import EPSILON, channelwise, dense, normalise, product
 from harmonic.kernels.gates import recurrence
 from harmonic.kernels.reference import add, multiply
@@ -219,6 +219,24 @@ def run_block(
     up, gate = product(n, kernel[:, : 2 * width]), product(n, kernel[:, 2 * width :])
     branch = dense(gated_gelu(up, bias[: 2 * width], gate, bias[2 * width :]), *weights.mlp_last)
     return x + dropout(branch, rate, rng, 2 * number + 1, per_chunk), h_last
+
+
+def step_stack(stack: jax.Array | list[BlockWeights], x: jax.Array, h: Any) -> tuple[jax.Array, Any]:
+    """The blocks of a stack for one step, x [batch, width].
+
+    Args:
+      stack: packed for machine code (`native_step.pack`), or one by one.
+      h: complex [blocks, batch, channels], or one by one.
+
+    Returns:
+      (x, h), h as it came.
+    """
+    if isinstance(stack, list):
+        h = list(h)
+        for i, block in enumerate(stack):
+            x, h[i] = step_block(block, x, h[i])
+        return x, h
+    return native_step.run(stack, x, h)
 
 
 def step_block(weights: BlockWeights, x: jax.Array, h: Pair) -> tuple[jax.Array, Pair]:
