@@ -243,6 +243,16 @@ def test_a_run_is_measured_and_goes_on_where_it_stopped(run, digits, classifier,
     pieces[1].write_bytes(pieces[1].read_bytes()[:1_000])
     assert measure.measure_run(run, digits, classifier[0], **settings) == result and made == [4]
 
+    # With the lengths of training recordings, and silence behind them.
+    heard = []
+    listen = Classifier.features_and_logits
+    monkeypatch.setattr(Classifier, "features_and_logits", lambda *a: heard.append(a[1]) or listen(*a))
+    matched = measure.measure_run(run, digits, classifier[0], match_lengths=True, **settings)
+    assert matched["match_lengths"] and not result["match_lengths"] and matched["generated"] != result["generated"]
+    cut, lengths = np.concatenate(heard), Dataset(digits).split("train").lengths
+    assert len(cut) == 8 and set(16_000 - (cut[:, ::-1] != 0).argmax(1)) <= set(np.minimum(lengths, 16_000))
+    np.testing.assert_array_equal(cut[4:][cut[4:] != 0], clips[cut[4:] != 0])
+
 
 def test_what_cannot_be_measured_is_refused(run, digits, classifier, tmp_path, tiny_data):
     with pytest.raises(

@@ -26,6 +26,9 @@ _RAW = flags.DEFINE_bool("raw_weights", False, "sample the raw weights instead o
 _TEMPERATURE = flags.DEFINE_float("temperature", None, "of sampling; the config's generate.temperature by default")
 _TOP_P = flags.DEFINE_float("top_p", None, "of sampling; the config's generate.top_p by default")
 _SEED = flags.DEFINE_integer("seed", 0, "of the clips and of all that is drawn", lower_bound=0)
+_MATCH = flags.DEFINE_bool(
+    "match_lengths", False, "silence generated clips from lengths on that are drawn from the training recordings"
+)
 _ALLOW = flags.DEFINE_bool(
     "allow_rank_deficient", False, "take fewer clips than a covariance of 1,024 features needs; FID comes out too large"
 )
@@ -69,6 +72,7 @@ def main() -> None:
         temperature=_TEMPERATURE.value,
         top_p=_TOP_P.value,
         seed=_SEED.value,
+        match_lengths=_MATCH.value,
         allow_rank_deficient=_ALLOW.value,
         cache=_CACHE.value,
     )

@@ -73,6 +73,7 @@ def measure_run(
     temperature: float | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    match_lengths: bool = False,
     allow_rank_deficient: bool = False,
     cache: str | Path | None = None,
     show_progress: bool = True,
@@ -87,6 +88,8 @@ def measure_run(
       checkpoint, raw: as in `load_weights`.
       temperature, top_p: of sampling; the run's config's own if not given.
       seed: of the clips, and of what is drawn in the figures.
+      match_lengths: silence generated clips from a length on that is drawn from the training recordings, which are
+        padded with silence too. The published protocol does not; it hears recordings of a second nearly throughout.
       allow_rank_deficient: as in `metrics.fid`.
       cache: where features are kept; `workdir`/perceptual if not given. Runs on the same data may share one.
 
@@ -111,7 +114,7 @@ def measure_run(
             "top_p": weights.config.generate.top_p if top_p is None else top_p,
             "seed": seed,
         }
-        heard = _generated(reference, weights, num_samples, settings)
+        heard = _generated(reference, weights, num_samples, settings, match_lengths)
         rows = reference.rows(min(NOISE, num_samples), seed)
         kept = keep_likely(heard.nats, seed)
         enough = len(kept) >= reference.needed
@@ -121,6 +124,7 @@ def measure_run(
             "weights": weights.kind,
             "num_samples": num_samples,
             **settings,
+            "match_lengths": match_lengths,
             **reference.described,
             "generated": reference.row(heard, seed),
             "rejected": {**reference.row(heard.of(kept), seed), "kept": len(kept)} if enough else None,
@@ -294,9 +298,12 @@ def _write_piece(path: Path, heard: Heard) -> None:
     write_whole(path, out.getvalue())
 
 
-def _generated(reference: _Reference, weights: Weights, count: int, settings: dict[str, Any]) -> Heard:
+def _generated(
+    reference: _Reference, weights: Weights, count: int, settings: dict[str, Any], match_lengths: bool
+) -> Heard:
     data = weights.config.data
     length = audio.SAMPLE_RATE
+    lengths = reference.dataset.split("train").lengths
 
     def make(first: int, last: int, tick: Callable[[int], None]) -> tuple[np.ndarray, np.ndarray]:
         tokens, nats = [], np.zeros(last - first)
@@ -315,9 +322,15 @@ def _generated(reference: _Reference, weights: Weights, count: int, settings: di
         bad = int((~np.isfinite(nats)).sum())
         if bad:
             raise UserError(f"{bad} generated clips have a likelihood that is not finite: the weights are broken")
-        return audio.decode(np.concatenate(tokens, 1), data.encoding, num_levels=data.num_levels), nats
+        clips = audio.decode(np.concatenate(tokens, 1), data.encoding, num_levels=data.num_levels)
+        if match_lengths:
+            for number, clip in zip(range(first, last), clips, strict=True):
+                clip[np.random.default_rng((settings["seed"], number)).choice(lengths) :] = 0
+        return clips, nats
 
     key = {"weights": weights.sha256, "length": length, **settings}
+    if match_lengths:
+        key["lengths"] = reference.dataset.manifest.fingerprint
     return reference.heard("generated", key, count, make, unit=length)
 
 
