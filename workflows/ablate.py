@@ -54,6 +54,9 @@ _NUM_SAMPLES = flags.DEFINE_integer(
 _ALLOW = flags.DEFINE_bool(
     "allow_rank_deficient", False, "take fewer clips than a covariance of 1,024 features needs; FID comes out too large"
 )
+_MATCH = flags.DEFINE_bool(
+    "match_lengths", False, "silence generated clips from lengths on that are drawn from the training recordings"
+)
 flags.adopt_module_key_flags(cli)
 
 _BATCH, _LENGTH, _ROUNDS = 8, 800, 5  # of the measured generation
@@ -186,6 +189,7 @@ def _measure_perceptual(folder: Path, data: Path, classifier: str, cache: Path) 
         "fingerprint": Dataset(data).manifest.fingerprint,
         "classifier_sha256": Classifier.load(classifier).fingerprint,
         "num_samples": _NUM_SAMPLES.value,
+        "match_lengths": _MATCH.value,
         "allow_rank_deficient": _ALLOW.value,
     }
     if {key: noted.get(key) for key in wanted} == wanted:
@@ -195,6 +199,7 @@ def _measure_perceptual(folder: Path, data: Path, classifier: str, cache: Path) 
         data,
         classifier,
         num_samples=_NUM_SAMPLES.value,
+        match_lengths=_MATCH.value,
         allow_rank_deficient=_ALLOW.value,
         cache=cache,
     )
