@@ -155,7 +155,7 @@ def generate(
     keys = [jax.vmap(functools.partial(jax.random.fold_in, key))(first_stream + rows) for rows in parts]
     weights = _unstack_function(model)(params)
     # A core without streams of its own helps another.
-    helped = len(parts) < cores and model.native_step(weights.head.kernel.dtype)
+    helped = len(parts) < cores and model.has_native_step(weights.head.kernel.dtype)
     run = _chunk_function(model, min(chunk, length), float(temperature), float(top_p), platform())
     for first in range(0, length, chunk):
         steps = min(chunk, length - first)

@@ -85,7 +85,7 @@ def test_training_is_generation():
     """Law 2, in float32: pooled levels at their own rates, from any position."""
     model = HarmonicRNN(CONFIG)
     params = jax.jit(model.init)(jax.random.key(0))
-    assert model.native_step(jnp.float32) and not model.native_step(jnp.float64)
+    assert model.has_native_step(jnp.float32) and not model.has_native_step(jnp.float64)
     tokens = jax.random.randint(jax.random.key(3), (3, 24, 1), 0, 256)
     parallel, _ = model.apply(params, {"tokens": tokens}, model.init_state(3))
 

@@ -166,7 +166,7 @@ class HarmonicRNN:
             blocks=jax.vmap(lambda block: self._block.bind(block).fuse())(params["blocks"]),
         )
 
-    def native_step(self, dtype: jnp.dtype) -> bool:
+    def has_native_step(self, dtype: jnp.dtype) -> bool:
         """Whether `step` runs machine code of ours on weights and states of this type."""
         sizes = self.config.width, self.config.state_width // 2
         return platform() == "cpu" and native_step.fits(*sizes, dtype)
@@ -177,7 +177,7 @@ class HarmonicRNN:
         weights = self.fuse(params)
         if isinstance(weights.blocks, dict):
             return weights
-        arrange = native_step.pack if self.native_step(weights.head.kernel.dtype) else self._one_by_one
+        arrange = native_step.pack if self.has_native_step(weights.head.kernel.dtype) else self._one_by_one
         blocks = {name: arrange(stack) for name, stack in self._cut(weights.blocks).items()}
         table = self._embed(weights, jnp.arange(self.num_levels)[:, None, None], None)[:, 0]
         return weights._replace(blocks=blocks, embedding=table)
@@ -351,7 +351,7 @@ class HarmonicRNN:
     def unstack_state(self, state: State) -> State:
         """The state with `hidden` by stack: what `step` wants inside a loop, as it does unstacked weights."""
         stacks = self._cut(state.hidden)
-        if not self.native_step(state.hidden[0].dtype):
+        if not self.has_native_step(state.hidden[0].dtype):
             stacks = {name: self._one_by_one(stack) for name, stack in stacks.items()}
         return state._replace(hidden=stacks)
 
