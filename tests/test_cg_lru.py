@@ -1,5 +1,6 @@
 """The Pallas kernels: interpreted against the obvious scan, alone and sharded; lowered for GPU and TPU."""
 
+import contextlib
 import functools
 
 import jax
@@ -95,6 +96,24 @@ def test_cg_lru_in_other_precisions(rng, x64, implementation, dtype):
     expected = outputs_and_gradients(obvious, args)
     assert actual[0][0][0].dtype == dtype and actual[0][1][0].dtype == jnp.promote_types(dtype, "float32")
     assert_close(actual, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("implementation", ["native", "chunked", *PLATFORMS])
+def test_gates_that_are_shut_or_wide_open(rng, x64, implementation, dtype):
+    """Where r is a denormal or 0, |a| is 1, whose square root has no derivative: training has met NaNs there."""
+    z, p, decay, theta, h0 = make_inputs(rng, 2, 60, 20)
+    p = tuple(
+        jnp.asarray(rng.choice([-200.0, -95.0, -88.0, -30.0, 0.0, 30.0, 95.0, 200.0], v.shape), v.dtype) for v in p
+    )
+    args = z, p, decay, theta, h0
+    with jax.enable_x64(False) if dtype == "float32" else contextlib.nullcontext():
+        args = jax.tree.map(lambda v: v.astype(dtype), args)
+        actual = outputs_and_gradients(functools.partial(cg_lru, implementation=implementation), args)
+    expected = outputs_and_gradients(obvious, jax.tree.map(lambda v: v.astype("float64"), args))
+    actual = jax.tree.map(lambda v: np.asarray(v, "float64"), actual)
+    # The scalar's weights are float32 in both; the gates' sigmoids are what they are in that precision.
+    assert_close(actual, jax.tree.map(np.asarray, expected), 5e-5)
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((2, 331, 8), "float32"), ((3, 67, 130), "bfloat16")], ids=str)

@@ -140,6 +140,14 @@ def test_gated_gelu_is_what_it_says(rng, x64, shape, dtype, tolerance):
     assert_close(to_float(actual), to_float(expected), tolerance)
 
 
+def test_small_gates_keep_their_digits(x64):
+    """exp(-|v|) and not expm1(-|v|) + 1, whose error is that of 1: the gates multiply what is small, over and over."""
+    gate = np.linspace(-5.0, -0.5, 97, dtype=np.float32).reshape(1, 1, -1)
+    none = jnp.zeros(97, jnp.float32)
+    y = gated_gelu(jnp.ones_like(gate), none, jnp.asarray(gate), none)
+    np.testing.assert_allclose(y, jax.nn.gelu(jnp.asarray(gate, jnp.float64)), rtol=1e-5)
+
+
 @pytest.mark.skipif(not machine.available(), reason="this machine's XLA does not take machine code of ours")
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("threads", [2, 3, 7])

@@ -28,19 +28,28 @@ def _expm1(code: Floats, y: Value) -> Value:
     """exp(y) - 1 for y <= 0, without cancellation near 0."""
     if code.dtype == "float64":
         return code.call("expm1", y)
+    power, p = _exponential(code, y)
+    return power * p + (power - 1.0)
+
+
+def _exponential(code: Floats, y: Value) -> _Pair:
+    """(2^n, p) of exp(y) = 2^n (1 + p) for y <= 0 in float32, by Cephes' polynomial."""
     y = code.where(y < -87.0, code.constant(-87.0), y)
     n = code.call("llvm.floor", y * 1.4426950408889634 + 0.5)
     r = y - n * 0.693359375 - n * -2.12194440e-4
     p = r * 1.9875691500e-4 + 1.3981999507e-3
     for coefficient in (8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
         p = p * r + coefficient
-    p = p * r * r + r
-    power = code.power_of_two(code.integers(n))
-    return power * p + (power - 1.0)
+    return code.power_of_two(code.integers(n)), p * r * r + r
 
 
 def _sigmoid(code: Floats, v: Value) -> Value:
-    e = _expm1(code, -code.call("llvm.fabs", v)) + 1.0  # exp(-|v|) never overflows
+    y = -code.call("llvm.fabs", v)  # exp(-|v|) never overflows
+    if code.dtype == "float64":
+        e = code.call("exp", y)
+    else:
+        power, p = _exponential(code, y)
+        e = power * p + power  # and not expm1(y) + 1, which has few digits left
     return code.where(v < 0.0, e, code.constant(1.0)) / (1.0 + e)
 
 
@@ -78,8 +87,9 @@ class Gates:
         """Of (z re, z im, p_i, p_r, decay, theta)."""
         i, r, a, code = self.i, self.r, self.a, self.code
         dscale = dx[0] * self.z[0] + dx[1] * self.z[1]
-        slope = 1.0 / self.root
-        slope = code.where(slope > 2 * _SQRT_GRADIENT, code.constant(2 * _SQRT_GRADIENT), slope)
+        # By the root, which is a zero of either sign where the gate is shut: 1 / -0 is no large number.
+        least = code.constant(0.5 / _SQRT_GRADIENT)
+        slope = 1.0 / code.where(self.root > 0.5 / _SQRT_GRADIENT, self.root, least)
         dlog = da[0] * a[0] + da[1] * a[1] - dscale * i * slope * self.magnitude * self.magnitude
         dangle = da[1] * a[0] - da[0] * a[1]
         dp_i = dscale * self.scale * (1.0 - i)
