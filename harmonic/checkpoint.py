@@ -249,7 +249,16 @@ def _traces_unlogged() -> Iterator[None]:
     levels = {log: log.level for log in map(logging.getLogger, ("absl", "asyncio"))}
     for log in levels:
         log.setLevel(logging.CRITICAL)
+    print_any = sys.unraisablehook
+
+    def print_others(unraisable: Any) -> None:
+        # What tensorstore has left to tell an event loop that has ended over an error.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            print_any(unraisable)
+
+    sys.unraisablehook = print_others
     yield
+    sys.unraisablehook = print_any
     for log, level in levels.items():
         log.setLevel(level)
 
