@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,6 @@ from harmonic.kernels import machine, native, team
 from harmonic.kernels.dense import EPSILON
 from harmonic.kernels.machine import Floats, Value
 from harmonic.kernels.reference import Pair
-
-if TYPE_CHECKING:
-    from harmonic.models.layers import BlockWeights
 
 _LANES = 16
 _ACCUMULATORS = 20  # of 32 registers
@@ -39,10 +36,11 @@ def fits(width: int, channels: int, dtype: jnp.dtype) -> bool:
     return machine.available() and dtype == jnp.float32 and width % halves == 0 and channels % halves == 0
 
 
-def pack(blocks: BlockWeights) -> jax.Array:
-    """Blocks along a leading axis, as [blocks, parts, floats] in the order in which `run` reads them."""
+def pack(blocks: Any) -> jax.Array:
+    """`models.layers.BlockWeights` along a leading axis, as [blocks, parts, floats] in the order in which `run` reads
+    them."""
 
-    def part(weights: BlockWeights, number: int) -> jax.Array:
+    def part(weights: Any, number: int) -> jax.Array:
         width, channels = weights.last.kernel.shape[0], weights.theta.shape[0]
         own = jnp.arange(channels // _PARTS) + number * (channels // _PARTS)
         feature = jnp.arange(width // _PARTS) + number * (width // _PARTS)
