@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import os
 import shlex
@@ -22,6 +23,7 @@ from harmonic.errors import UserError
 from harmonic.files import cannot_write
 
 _WITHOUT = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}  # file systems that know no locks
+_ATTEMPTS = 100
 _held: dict[str, int] = {}  # how many times this process holds each
 
 
@@ -46,12 +48,19 @@ def writing(folder: str | os.PathLike[str], *, file: str | os.PathLike[str] | No
         finally:
             _held[path] -= 1
         return
-    made = not os.path.isdir(os.path.dirname(path))
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        descriptor = _take(path, folder)
-    except OSError as error:
-        raise cannot_write(folder, error) from error
+    parent = os.path.dirname(path)
+    made = not os.path.isdir(parent)
+    for attempt in itertools.count(1):
+        try:
+            os.makedirs(parent, exist_ok=True)
+            descriptor = _take(path, folder)
+            break
+        except (FileExistsError, FileNotFoundError) as error:
+            # Another process may have removed the empty folder between two looks at it.
+            if attempt == _ATTEMPTS or (os.path.lexists(parent) and not os.path.isdir(parent)):
+                raise cannot_write(folder, error) from error
+        except OSError as error:
+            raise cannot_write(folder, error) from error
     _held[path] = 1
     try:
         yield
@@ -62,7 +71,7 @@ def writing(folder: str | os.PathLike[str], *, file: str | os.PathLike[str] | No
         os.close(descriptor)
         if made:
             with contextlib.suppress(OSError):
-                os.rmdir(os.path.dirname(path))
+                os.rmdir(parent)
 
 
 def _take(path: str, folder: Path) -> int:

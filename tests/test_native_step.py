@@ -70,6 +70,16 @@ def test_a_streams_bits_depend_neither_on_the_batch_nor_on_a_helper():
     assert team.calls() == taken + 3 * 50  # offered whenever a helper was there, and only then
 
 
+def test_kernels_are_made_once_whoever_asks_first():
+    """Parts of a batch are traced side by side, and XLA takes a name only once."""
+    x, h = inputs(96, 96, 2)
+    packed = jax.jit(native_step.pack)(blocks_of(96, 192))
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: jax.jit(lambda *args: native_step.run(*args))(packed, x, h), range(8)))
+    for one in made[1:]:
+        jax.tree.map(np.testing.assert_array_equal, one, made[0])
+
+
 def test_callers_at_once_share_one_helper():
     packed = jax.jit(native_step.pack)(blocks_of(32, 64))
     run = jax.jit(lambda packed, *state: jax.lax.fori_loop(0, 2_000, lambda _, s: native_step.run(packed, *s), state))

@@ -15,9 +15,10 @@ import os
 import re
 import struct
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -276,7 +277,25 @@ def threads() -> int:
     return max(1, cores // jax.local_device_count("cpu"))
 
 
-@functools.cache
+_Result = TypeVar("_Result")
+_building = threading.RLock()
+
+
+def once(build: Callable[..., _Result]) -> Callable[..., _Result]:
+    """As `functools.cache`, for threads: streams are traced side by side, and XLA takes a name only once."""
+    made: dict[Any, _Result] = {}
+
+    @functools.wraps(build)
+    def get(*key: Any) -> _Result:
+        with _building:
+            if key not in made:
+                made[key] = build(*key)
+            return made[key]
+
+    return get
+
+
+@once
 def register(write: Callable[[Code], None], dtype: str, threads: int) -> str:
     """Makes a custom call of the CPU platform of what `write` writes.
 

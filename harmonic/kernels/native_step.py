@@ -9,7 +9,6 @@ nor on the batch.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -132,7 +131,7 @@ def _before(sizes: dict[str, int], key: str) -> tuple[int, int]:
     return sum(sizes[k] for k in keys[: keys.index(key)]), sum(sizes.values())
 
 
-@functools.cache
+@machine.once
 def _register(width: int, channels: int) -> str:
     name = f"harmonic_step_{width}_{channels}"
     module = ir.Module(name)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import platform
 import threading
 import time
@@ -170,7 +169,7 @@ def _function(builder: ir.IRBuilder, job: ir.Value) -> ir.Value:
     return builder.inttoptr(address, ir.PointerType(RUN))
 
 
-@functools.cache
+@machine.once
 def _serve() -> Callable[[int], None]:
     module = ir.Module("harmonic_serve")
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_POINTER]), "harmonic_serve")
