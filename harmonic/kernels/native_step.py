@@ -169,7 +169,7 @@ class _Job(Floats):
         builder = self.builder
 
         def enter(part: ir.Value) -> None:
-            self._rows(lambda row: self._copy(self.x, row, self._own("x", part), row, self.width))
+            self._rows(lambda row: self._copy(self.x, self._own("x", part), row))
 
         self._parts(enter)
         with self.loop(0, self.blocks) as block:
@@ -189,7 +189,7 @@ class _Job(Floats):
         with builder.if_then(builder.icmp_signed("==", self.first, self.int64(0))):
             first = self.int64(0)
             self._add("out", first, builder.sub(self.blocks, self.int64(1)))
-            self._rows(lambda row: self._copy(self._own("x", first), row, self.y, row, self.width))
+            self._rows(lambda row: self._copy(self._own("x", first), self.y, row))
         builder.ret_void()
 
     def _parts(self, body: Callable[[ir.Value], None]) -> None:
@@ -397,7 +397,7 @@ class _Job(Floats):
     def _store(self, value: Value, pointer: ir.Value, index: ir.Value | int) -> None:
         self.builder.store(value.value, self._at(pointer, index), align=4)
 
-    def _copy(self, source: ir.Value, row: ir.Value, target: ir.Value, target_row: ir.Value, size: int) -> None:
-        source, target = self._row(source, row, "x"), self._row(target, target_row, "x")
-        for c in range(0, size, _LANES):
+    def _copy(self, source: ir.Value, target: ir.Value, row: ir.Value) -> None:
+        source, target = self._row(source, row, "x"), self._row(target, row, "x")
+        for c in range(0, self.width, _LANES):
             self._store(self._load(source, c), target, c)

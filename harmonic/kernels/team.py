@@ -1,8 +1,9 @@
 """Two threads that share one stream's work, since at a few microseconds a piece starting a thread costs too much.
 
 A thread of Python's, `helper`, waits in machine code for jobs and takes the second part of each. A caller offers its
-job, and does all of it alone if nobody is there at once: a helper that the system has put aside delays nothing. Parts
-meet at barriers. There is one place for offers in a process; who finds it taken works alone.
+job, and does all of it alone if nobody takes it at once. Once it is taken, parts meet at barriers, where the caller
+waits for a helper that the system puts aside. There is one place for offers in a process; who finds it taken works
+alone.
 """
 
 from __future__ import annotations
