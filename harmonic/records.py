@@ -35,6 +35,7 @@ MAX_CHANNELS = 1_024
 _MAGIC = b"HRN1"
 _PREFIX = struct.Struct("<4sI")  # magic, bytes of the JSON header
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
+_HEADER = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 _CHECKSUM = struct.Struct("<I")  # CRC-32 of everything before it
 _DTYPES: dict[str, np.dtype[Any]] = {"uint8": np.dtype("<u1"), "uint16": np.dtype("<u2")}
 _NAMES = {dtype.newbyteorder(order): name for name, dtype in _DTYPES.items() for order in ("<", ">")}
@@ -67,7 +68,7 @@ def encode_record(record: Record) -> bytes:
     """The bytes of a record: magic, header length, JSON header, tokens (little-endian), CRC-32."""
     length, channels = record.tokens.shape
     dtype = _NAMES[record.tokens.dtype]
-    header = json.dumps(
+    header = _HEADER.encode(
         {
             "recording": record.recording,
             "offset": record.offset,
@@ -76,9 +77,7 @@ def encode_record(record: Record) -> bytes:
             "recording_length": record.recording_length,
             "dtype": dtype,
             "label": record.label,
-        },
-        sort_keys=True,
-        separators=(",", ":"),
+        }
     ).encode()
     tokens = np.ascontiguousarray(record.tokens, _DTYPES[dtype]).tobytes()
     body = _PREFIX.pack(_MAGIC, len(header)) + header + tokens

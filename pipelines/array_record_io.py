@@ -11,15 +11,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import gzip
+import gc
 import hashlib
-import json
 import logging
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 from harmonic.errors import UserError
@@ -61,13 +60,26 @@ def one_line(value: object) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Holds off the collection of cycles, which goes over all that there is, while much is made that stays."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
 def import_beam() -> None:
     """Imports Beam without its remark that it has no client for a service that is not used here."""
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)
     try:
-        import apache_beam  # noqa: F401
+        with uncollected():
+            import apache_beam  # noqa: F401
     finally:
         root.setLevel(level)
 
@@ -139,6 +151,26 @@ def shard_name(split: str, index: int, count: int) -> str:
     return f"{split}-{index:05d}-of-{count:05d}"
 
 
+class _NativeErrors:
+    """A context manager in which the native writer's errors, and those of the file beside it, become UserErrors: it
+    reports a full disk, as all else, by a RuntimeError. Made once and entered for each record."""
+
+    def __init__(self, folder: str):
+        self._folder = folder
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RuntimeError):
+            if os.strerror(errno.ENOSPC) in str(error):
+                raise UserError(f"no space is left in {self._folder}; make room there") from error
+            raise UserError(f"cannot write to {self._folder}: {one_line(error)}; make it writable") from error
+        if error is not None:
+            with scratch_errors(self._folder):
+                raise error
+
+
 class ShardWriter:
     """Writes one shard and its index to local temporary files; `stage` moves them out. A context manager.
 
@@ -158,16 +190,16 @@ class ShardWriter:
         with output_errors(folder):
             if is_local(folder):
                 os.makedirs(self._stage, exist_ok=True)
-            self._scratch = folder if is_local(folder) else tempfile.gettempdir()  # for messages
             self._folder = tempfile.TemporaryDirectory(prefix="shard-", dir=self._stage if is_local(folder) else None)
         self._shard_path = os.path.join(self._folder.name, "shard.array_record")
         self._index_path = os.path.join(self._folder.name, "index.jsonl")
+        self._native_errors = _NativeErrors(folder if is_local(folder) else tempfile.gettempdir())
         self.records = self.recordings = self.windows = self.samples = self.longest = 0
 
     def __enter__(self) -> ShardWriter:
         from array_record.python.array_record_module import ArrayRecordWriter
 
-        with self._native_errors():
+        with self._native_errors:
             self._writer = ArrayRecordWriter(self._shard_path, WRITER_OPTIONS)
         self._index = open(self._index_path, "wb")
         return self
@@ -180,28 +212,17 @@ class ShardWriter:
                 self._writer.close()
         self._folder.cleanup()
 
-    @contextlib.contextmanager
-    def _native_errors(self) -> Iterator[None]:
-        """The native writer reports a full disk, as all else, by a RuntimeError."""
-        try:
-            with scratch_errors(self._scratch):
-                yield
-        except RuntimeError as error:
-            if os.strerror(errno.ENOSPC) in str(error):
-                raise UserError(f"no space is left in {self._scratch}; make room there") from error
-            raise UserError(f"cannot write to {self._scratch}: {one_line(error)}; make it writable") from error
-
     def write(self, record: Record) -> int:
         """Appends a record of the recording that `end_recording` will name; returns its bytes."""
         data = encode_record(record)
-        with self._native_errors():
+        with self._native_errors:
             self._writer.write(data)
         self.records += 1
         return len(data)
 
     def end_recording(self, recording: Recording) -> None:
         """Enters the recording whose records have just been written."""
-        with self._native_errors():
+        with self._native_errors:
             self._index.write(index_line(recording))
         self.recordings += 1
         self.windows += count_windows(recording.length, self._window_length, self._hop_length)
@@ -209,8 +230,8 @@ class ShardWriter:
         self.longest = max(self.longest, recording.length)
 
     def stage(self, name: str) -> tuple[Shard, tuple[str, str]]:
-        """Moves the files into the run's own folder. Returns the shard and where its files stand."""
-        with self._native_errors():
+        """Moves the files into the run's own folder. Returns the shard, and the files for `flush_staged`."""
+        with self._native_errors:
             self._writer.close()
             self._index.close()
         files = f"{name}.array_record", f"{name}.recordings.jsonl"
@@ -243,7 +264,8 @@ def _file_systems() -> Any:
     return FileSystems
 
 
-def _create(path: str) -> BinaryIO:
+def create_file(path: str) -> BinaryIO:
+    """A file to write, of a file system that Beam knows."""
     file_systems = _file_systems()
     from apache_beam.io.filesystem import CompressionTypes
 
@@ -267,16 +289,27 @@ def _move_out(local: str, path: str) -> tuple[int, str]:
     if is_local(path):  # it lies in that folder already
         with open(local, "rb") as file:
             digest, size = hashlib.file_digest(file, "sha256"), os.fstat(file.fileno()).st_size
-            os.fsync(file.fileno())
         os.rename(local, path)
         return size, digest.hexdigest()
     digest, size = hashlib.sha256(), 0
-    with open(local, "rb") as source, _create(path) as target:
+    with open(local, "rb") as source, create_file(path) as target:
         while block := source.read(1 << 20):
             digest.update(block)
             size += len(block)
             target.write(block)
     return size, digest.hexdigest()
+
+
+def flush_staged(folder: str, staged: Iterable[str]) -> None:
+    """Waits until staged files are on the disk, if that is a local one.
+
+    Raises:
+      UserError: they cannot be written.
+    """
+    with output_errors(folder):
+        for path in staged if is_local(folder) else ():
+            with open(path, "rb") as file:
+                _flush(path, file)
 
 
 def _flush(path: str, file: BinaryIO) -> None:
@@ -301,24 +334,6 @@ def create_folder(folder: str) -> None:
             _file_systems().get_filesystem(folder)
 
 
-def stage_listing(folder: str, run: str, rows: Sequence[Any], size: int) -> list[str]:
-    """Writes the rows of a listing, dataclasses, into the run's own folder, so many a file; returns the files.
-
-    Raises:
-      UserError: the folder cannot be written.
-    """
-    paths = []
-    with output_errors(folder):
-        if is_local(folder):
-            os.makedirs(stage_folder(folder, run), exist_ok=True)
-        for first in range(0, len(rows), size):
-            lines = (json.dumps(list(vars(row).values())) for row in rows[first : first + size])
-            paths.append(join(stage_folder(folder, run), f"listing-{first // size:05d}.gz"))
-            with _create(paths[-1]) as file:
-                file.write(gzip.compress("\n".join(lines).encode(), 1))
-    return paths
-
-
 def publish(folder: str, run: str, staged: Iterable[tuple[str, str]], manifest: Manifest) -> None:
     """Renames staged files to their names, and last the manifest: from then on there is a data set.
 
@@ -339,7 +354,7 @@ def publish(folder: str, run: str, staged: Iterable[tuple[str, str]], manifest: 
             raise UserError(f"another run took {folder} over, or its files were removed; run one at a time")
         # Written before anything is moved: where no space is left for it, nothing is.
         temporary = join(stage_folder(folder, run), MANIFEST_NAME)
-        with _create(temporary) as file:
+        with create_file(temporary) as file:
             file.write(manifest.to_json().encode())
             _flush(temporary, file)
         _rename([pair for found, pair in zip(there, pairs, strict=True) if found])
@@ -377,7 +392,7 @@ def write_file(folder: str, name: str, data: bytes) -> None:
     """
     temporary = join(folder, f"{name}.partial")
     with output_errors(folder):
-        with _create(temporary) as file:
+        with create_file(temporary) as file:
             file.write(data)
             _flush(temporary, file)
         _rename([(temporary, join(folder, name))])

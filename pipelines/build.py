@@ -2,7 +2,7 @@
 
     manifest = prepare(PrepareSpec("youtubemix", source="/data/youtube_mix.zip"))
 
-The graph: names of recordings, keyed by shard → GroupByKey (of names alone) → one step a shard that reads, quantises
+The graph: shards, each a list of names of recordings → spread over the workers → one step a shard that reads, quantises
 and writes it → one step that counts, publishes and writes the manifest. The audio itself is never shuffled.
 """
 
@@ -34,13 +34,22 @@ from pipelines.array_record_io import (
     missing_files,
     read_manifest,
     stage_folder,
-    stage_listing,
+    uncollected,
 )
 from pipelines.own_config import remove_config, write_config
 from pipelines.remote import shown
-from pipelines.runners import beam_options, check_output, local_runner, quiet, runner_of, unwrap
+from pipelines.runners import (
+    beam_options,
+    check_output,
+    local_runner,
+    quiet,
+    runner_of,
+    unwrap,
+    wants_processes,
+)
 from pipelines.sources import DATA_SETS, DataSet, Source, SourceRecording, data_set, open_source
 from pipelines.splits import DEFAULT_RULE, DEFAULT_SHARES, SplitRule, split_rule
+from pipelines.workers import local_workers
 
 SHARD_BYTES = 32 << 20  # of source for each shard
 # of each split. The manifest lists them all, and one step holds it: 40 MB of text at most for a split.
@@ -120,7 +129,24 @@ def prepare(spec: PrepareSpec, options: Sequence[str] = (), progress: Progress |
     if existing is not None and as_it_stands:
         spec = _as_it_stands(spec, existing)
     dataset, spec = resolve(spec)
-    options = beam_options(options)
+    with contextlib.ExitStack() as stack:
+        worker = None
+        if not whole and wants_processes(options):  # at once: it takes as long as all that comes before the run
+            worker = stack.enter_context(local_workers())
+        return _prepare(dataset, spec, folder, existing, whole, as_it_stands, beam_options(options), worker, progress)
+
+
+def _prepare(
+    dataset: DataSet,
+    spec: PrepareSpec,
+    folder: str,
+    existing: Manifest | None,
+    whole: bool,
+    as_it_stands: bool,
+    options: list[str],
+    worker: str | None,
+    progress: Progress | None,
+) -> Manifest:
     runner = runner_of(options)
     check_output(folder, runner)
     rule = _split_rule(spec, dataset)
@@ -129,8 +155,7 @@ def prepare(spec: PrepareSpec, options: Sequence[str] = (), progress: Progress |
         fingerprint = existing.fingerprint
         source = None
     else:
-        source = open_source(dataset, str(spec.source), runner)
-        fingerprint = _fingerprint(source, spec, rule)
+        source, fingerprint = _open(spec, dataset, rule, runner)
     if existing is not None:
         asked_rule = existing.split_rule if as_it_stands and rule.name == DEFAULT_RULE else rule.name
         check_same(existing, describe(spec, fingerprint, asked_rule), folder)
@@ -145,16 +170,24 @@ def prepare(spec: PrepareSpec, options: Sequence[str] = (), progress: Progress |
                 clear_stages(folder)  # of a run that was killed when all was written
                 write_config(folder, existing)
             return existing
-    source = source or open_source(dataset, str(spec.source), runner)
+    if source is None:
+        source, fingerprint = _open(spec, dataset, rule, runner)
     try:
-        described = describe(spec, _fingerprint(source, spec, rule), rule.name)
+        described = describe(spec, fingerprint, rule.name)
         create_folder(folder)
         with _alone(folder):
             if not spec.overwrite and read_manifest(folder) != existing:
                 raise UserError(f"another run has just written {folder}; run the same command again")
-            return _run(spec, dataset, source, rule, described, folder, options, progress)
+            return _run(spec, dataset, source, rule, described, folder, options, worker, progress)
     finally:
         source.close()
+
+
+def _open(spec: PrepareSpec, dataset: DataSet, rule: SplitRule, runner: str) -> tuple[Source, str]:
+    """The source and its fingerprint."""
+    with uncollected():  # a listing can be long
+        source = open_source(dataset, str(spec.source), runner)
+        return source, _fingerprint(source, spec, rule)
 
 
 def _alone(folder: str) -> contextlib.AbstractContextManager[None]:
@@ -320,17 +353,17 @@ def build(
 
     counts = transforms.shard_counts(recordings, SHARD_BYTES, num_shards, MAX_SHARDS)
     listed = {split: sum(recording.split == split for recording in recordings) for split in SPLITS}
+    shards = transforms.group_by_shard(recordings, counts)
     if len(recordings) <= MAX_IN_GRAPH:
-        listed_recordings = pipeline | "Recordings" >> beam.Create(list(recordings), reshuffle=False)
+        listed_shards = pipeline | "Shards" >> beam.Create(shards, reshuffle=False)
     else:
-        files = stage_listing(folder, run, recordings, _LISTING_ROWS)
-        listed_recordings = (
+        files = transforms.stage_listing(folder, run, shards, _LISTING_ROWS)
+        listed_shards = (
             pipeline | "Listing" >> beam.Create(files) | "ReadListing" >> beam.FlatMap(transforms.read_listing)
         )
     return (
-        listed_recordings
-        | "KeyByShard" >> beam.ParDo(transforms.KeyByShard(counts))
-        | "Group" >> beam.GroupByKey()
+        listed_shards
+        | "Spread" >> beam.Reshuffle()
         | "WriteShard" >> beam.ParDo(transforms.WriteShard(source, counts, described, folder, run, progress))
         | "Gather" >> beam.combiners.ToList()
         | "Publish" >> beam.ParDo(transforms.Publish(listed, described, folder, run, complete))
@@ -345,6 +378,7 @@ def _run(
     described: Manifest,
     folder: str,
     options: list[str],
+    worker: str | None,
     progress: Progress | None,
 ) -> Manifest:
     recordings = rule.apply(source.list())
@@ -365,18 +399,19 @@ def _run(
     run = uuid.uuid4().hex
     with quiet(), _watch(progress, recordings, stage_folder(folder, run)) as progress_file:
         try:
-            pipeline = beam.Pipeline(local_runner(pipeline_options), options=pipeline_options)
-            build(
-                pipeline,
-                source,
-                recordings,
-                described,
-                folder=folder,
-                run=run,
-                num_shards=spec.num_shards,
-                complete=dataset.complete and not spec.allow_skipped,
-                progress=progress_file,
-            )
+            pipeline = beam.Pipeline(local_runner(pipeline_options, worker), options=pipeline_options)
+            with uncollected():
+                build(
+                    pipeline,
+                    source,
+                    recordings,
+                    described,
+                    folder=folder,
+                    run=run,
+                    num_shards=spec.num_shards,
+                    complete=dataset.complete and not spec.allow_skipped,
+                    progress=progress_file,
+                )
             pipeline.run().wait_until_finish()
         except BaseException as error:
             with contextlib.suppress(UserError):

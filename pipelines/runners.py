@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import re
-import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -79,44 +76,28 @@ def check_output(folder: str, runner: str) -> None:
         raise UserError(f"the workers of {runner} do not see {folder}; give --output_dir gs://bucket/folder")
 
 
-# A worker process. Beam's own command lets it log to stderr until it has read the options, which never reach it, and
-# lets it work on, for as long as its share takes, when the process that started it has been killed.
-_WORKER = """
-import gc, logging, os, signal, sys, threading, time
-gc.disable()  # it would go over all that is being imported again and again
-signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all: leave when the parent has
-handler = logging.StreamHandler()
-handler.setLevel(logging.CRITICAL)
-logging.getLogger().addHandler(handler)
-def leave_with_parent():
-    while os.getppid() == int(sys.argv[1]):
-        time.sleep(0.5)
-    os._exit(1)
-threading.Thread(target=leave_with_parent, daemon=True).start()
-from apache_beam.runners.worker import sdk_worker_main
-gc.freeze()
-gc.enable()
-sys.stderr = open(os.devnull, "w")  # to where it prints every error that it reports anyway
-try:
-    sdk_worker_main.main([])
-except BaseException:
-    os._exit(1)
-os._exit(0)  # not through the interpreter's end, where native modules tell of objects that an error left
-"""
+def wants_processes(options: Sequence[str]) -> bool:
+    """Whether Beam's options, not looked at otherwise, ask for local worker processes."""
+    return any("multi_processing" in option for option in options)
 
 
-def local_runner(options: Any) -> Any:
-    """The FnApiRunner, where it is wanted with worker processes, with processes that keep quiet; else None."""
+def local_runner(options: Any, worker: str | None) -> Any:
+    """The FnApiRunner with worker processes, where they are wanted; else None.
+
+    `worker` is the command that starts one (`pipelines.workers`). Beam's own lets it log to stderr until it has read
+    the options, which never reach it, and work on, for as long as its share takes, when the process that started it has
+    been killed.
+    """
     from apache_beam.options.pipeline_options import DirectOptions, StandardOptions
     from apache_beam.runners.portability.fn_api_runner import FnApiRunner
     from apache_beam.transforms.environments import SubprocessSDKEnvironment
 
     direct = options.view_as(DirectOptions)
-    if options.view_as(StandardOptions).runner != DEFAULT_RUNNER or direct.direct_running_mode != "multi_processing":
+    multiple = direct.direct_running_mode == "multi_processing"
+    if options.view_as(StandardOptions).runner != DEFAULT_RUNNER or not multiple or worker is None:
         return None
     direct.direct_running_mode = "in_memory"  # that is: do not set the environment again
-    command = f"exec {shlex.join([sys.executable, '-c', _WORKER, str(os.getpid())])}"
-    return FnApiRunner(default_environment=SubprocessSDKEnvironment.from_command_string(command))
+    return FnApiRunner(default_environment=SubprocessSDKEnvironment.from_command_string(worker))
 
 
 def unwrap(error: BaseException) -> UserError | None:

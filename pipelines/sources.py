@@ -124,11 +124,18 @@ def data_set(name: str) -> DataSet:
     return DATA_SETS.get(name) or DataSet(name, "hash", "mu_law", 128_000)
 
 
-def natural_key(name: str) -> tuple[object, ...]:
+def natural_key(name: str) -> tuple[str, str]:
     """Sorts `2.wav` before `10.wav`: digits compare as numbers, of any size."""
-    parts = re.split(r"([0-9]+)", name)
-    numbers = [part.lstrip("0") for part in parts[1::2]]
-    return (tuple(zip(parts[::2], [*((len(n), n) for n in numbers), (-1, "")], strict=True)), name)
+    return _DIGITS.sub(_number, name), name
+
+
+_DIGITS = re.compile(r"[0-9]+")
+
+
+def _number(digits: re.Match[str]) -> str:
+    """Sorts before any text, and the shorter number before the longer."""
+    number = digits[0].lstrip("0")
+    return f"\0{chr(len(number))}{number}"
 
 
 # Splits: {id: split} from ids alone.
@@ -346,7 +353,7 @@ class FileSource(Source):
 
 def is_audio(name: str) -> bool:
     """Whether a file's name is that of a recording."""
-    return PurePosixPath(name).suffix.lower() in AUDIO_SUFFIXES
+    return name[name.rfind(".") :].lower() in AUDIO_SUFFIXES
 
 
 def open_source(dataset: DataSet, source: str, runner: str = DEFAULT_RUNNER) -> Source:

@@ -26,7 +26,6 @@ SPOOL_BYTES = 8 << 20  # what is larger goes to a temporary file
 # to 1,000 to 1; hours of nothing else are no recording.)
 MAX_RATIO = 100
 RATIO_SLACK = 256 << 20  # bytes that may come out before the ratio is looked at
-_AT_ONCE_BYTES = 256 << 10  # of a file that is read at once
 _HEADER_SLACK = 256  # bytes by which a zip member's own header may be longer than what the directory says of it
 _DAMAGED = (
     zipfile.BadZipFile,
@@ -70,63 +69,51 @@ class Store(abc.ABC):
 class Folder(Store):
     """A folder on a local or mounted disk. Links to files are followed, links to folders are not."""
 
-    def sizes(self) -> dict[str, int]:
-        sizes = {}
-        for folder, _, files in os.walk(self.path, onerror=self._unreadable):
-            for file in files:
-                full = os.path.join(folder, file)
-                name = os.path.relpath(full, self.path).replace(os.sep, "/")
-                if hidden(name):
-                    continue
-                try:
-                    sizes[name] = os.stat(full).st_size
-                except OSError:  # a dangling link: listed, and then skipped with its reason
-                    sizes[name] = 0
-        return sizes
+    def __init__(self, path: str):
+        super().__init__(path)
+        self._stamps: dict[str, tuple[int, int]] = {}
 
-    def _unreadable(self, error: OSError) -> None:
-        raise UserError(f"cannot list {error.filename} ({error.strerror}); make it readable") from error
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_stamps": {}}
+
+    def sizes(self) -> dict[str, int]:
+        self._stamps = {}
+        folders = [""]
+        while folders:
+            folder = folders.pop()
+            try:
+                with os.scandir(os.path.join(self.path, folder)) as entries:
+                    for entry in entries:
+                        if hidden(entry.name):
+                            continue
+                        if not entry.is_dir():
+                            self._stamps[folder + entry.name] = _stamp(entry)
+                        elif not entry.is_symlink():
+                            folders.append(f"{folder}{entry.name}/")
+            except OSError as error:
+                raise UserError(f"cannot list {error.filename} ({error.strerror}); make it readable") from error
+        return {name: size for name, (size, _) in self._stamps.items()}
 
     def open(self, name: str) -> BinaryIO:
         full = os.path.join(self.path, *name.split("/"))
         try:
-            status = os.stat(full)
-            if not stat.S_ISREG(status.st_mode):
+            if not stat.S_ISREG(os.stat(full).st_mode):
                 raise Unreadable("is not a regular file")
-            file = io.BufferedReader(_LocalFile(full))
+            return io.BufferedReader(io.FileIO(full))
         except OSError as error:
             raise Unreadable(f"cannot be opened: {error.strerror}") from error
-        if status.st_size > _AT_ONCE_BYTES:
-            return file
-        with file:  # libsndfile jumps about in a file's head
-            return io.BytesIO(file.read(_AT_ONCE_BYTES))
 
     def stamp(self, name: str) -> tuple[object, ...]:
-        try:
-            status = os.stat(os.path.join(self.path, *name.split("/")))
-        except OSError:
-            return (name, 0, 0)
-        return (name, status.st_size, status.st_mtime_ns)
+        return (name, *self._stamps[name])
 
 
-class _LocalFile(io.FileIO):
-    """A file that tells when it is closed that it could not be read, and until then seems to end: libsndfile drops
-    what is raised in its callbacks."""
-
-    _error: OSError | None = None
-
-    def readinto(self, buffer: Any) -> int | None:
-        try:
-            return super().readinto(buffer)
-        except OSError as error:
-            self._error = error
-            return 0
-
-    def close(self) -> None:
-        super().close()
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise UserError(f"{self.name!r} could not be read to its end: {error.strerror}; run again") from error
+def _stamp(entry: os.DirEntry[str]) -> tuple[int, int]:
+    """Bytes, and when it was changed, in nanoseconds."""
+    try:
+        status = entry.stat()
+    except OSError:  # a dangling link: listed, and then skipped with its reason
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
 
 
 class Archive(Store):
@@ -273,8 +260,13 @@ def spooled(stream: BinaryIO, name: str, size: int) -> BinaryIO:
                 f"{name!r} takes {size:,} bytes unpacked, and {tempfile.gettempdir()} has {free:,} left; set TMPDIR to "
                 "a larger disk"
             )
+    else:
+        data = stream.read(size + 1)  # a member's CRC is looked at where it ends
+        if len(data) != size:
+            raise Unreadable(f"has {len(data)} bytes instead of {size}")
+        return io.BytesIO(data)
     with scratch_errors():
-        spool = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)
+        spool = tempfile.TemporaryFile()
         try:
             shutil.copyfileobj(stream, spool, 1 << 20)
             if spool.tell() != size:

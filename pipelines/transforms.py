@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import dataclasses
 import functools
 import gzip
 import json
 import math
+import os
 import struct
 import time
 import zlib
@@ -23,23 +25,28 @@ from pipelines.array_record_io import (
     ShardWriter,
     WrittenShard,
     clear,
+    create_file,
+    flush_staged,
+    is_local,
+    join,
     one_line,
     open_file,
+    output_errors,
     publish,
     scratch_errors,
     shard_name,
+    stage_folder,
 )
-from pipelines.sources import Source, SourceRecording, natural_key
+from pipelines.sources import Source, SourceRecording
 from pipelines.stores import Unreadable
 from pipelines.waveforms import measure
 
+# A shard's split and number, and the id, label and bytes of each of its recordings. It travels as what Beam encodes
+# quickly, without a class of ours in it.
+ShardRows = tuple[str, int, list[tuple[str, str | None, int]]]
+
 PROGRESS_ENTRY = struct.Struct("<QQQ")  # recordings, bytes of the source and samples since the last entry
 _REPORT_SECONDS = 0.2
-
-
-def shard_of(recording: SourceRecording, counts: dict[str, int]) -> tuple[str, int]:
-    """(split, shard) of a recording: the CRC-32 of its id or group, modulo the split's number of shards."""
-    return recording.split, _hash(recording) % counts[recording.split]
 
 
 def _hash(recording: SourceRecording) -> int:
@@ -68,25 +75,66 @@ def shard_counts(
     return counts
 
 
-def read_listing(path: str) -> Iterator[SourceRecording]:
-    """The recordings of a file of `stage_listing`."""
+def group_by_shard(recordings: Iterable[SourceRecording], counts: dict[str, int]) -> list[ShardRows]:
+    """What each shard is to hold, in the order of the listing; the largest shard first, so that workers that take them
+    in turn have about as much to do.
+
+    A recording's shard is the CRC-32 of its id or group, modulo its split's number of shards.
+    """
+    shards: dict[tuple[str, int], list[tuple[str, str | None, int]]] = {}
+    for recording in recordings:
+        key = recording.split, _hash(recording) % counts[recording.split]
+        shards.setdefault(key, []).append((recording.id, recording.label, recording.size))
+    largest_first = sorted(shards, key=lambda key: (-sum(size for _, _, size in shards[key]), key))
+    return [(*key, shards[key]) for key in largest_first]
+
+
+def stage_listing(folder: str, run: str, shards: Iterable[ShardRows], size: int) -> list[str]:
+    """Writes what each shard is to hold, a line of JSON, into files in the run's own folder; returns their paths.
+
+    Args:
+      folder, run: as for `ShardWriter`.
+      shards: what each is to hold.
+      size: recordings after which the next file begins.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    paths: list[str] = []
+    lines: list[str] = []
+    held = 0
+
+    def write() -> None:
+        nonlocal held
+        paths.append(join(stage_folder(folder, run), f"listing-{len(paths):05d}.gz"))
+        with create_file(paths[-1]) as file:
+            file.write(gzip.compress("\n".join(lines).encode(), 1))
+        lines.clear()
+        held = 0
+
+    with output_errors(folder):
+        if is_local(folder):
+            os.makedirs(stage_folder(folder, run), exist_ok=True)
+        for shard in shards:
+            lines.append(json.dumps(shard))
+            held += len(shard[2])
+            if held >= size:
+                write()
+        if lines:
+            write()
+    return paths
+
+
+def read_listing(path: str) -> Iterator[ShardRows]:
+    """The shards of a file of `stage_listing`."""
     with open_file(path) as file:
         for line in gzip.decompress(file.read()).splitlines():
-            yield SourceRecording(*json.loads(line))
-
-
-class KeyByShard(beam.DoFn):
-    """SourceRecording → ((split, shard), SourceRecording)."""
-
-    def __init__(self, counts: dict[str, int]):
-        self._counts = counts
-
-    def process(self, recording: SourceRecording) -> Iterator[tuple[tuple[str, int], SourceRecording]]:
-        yield shard_of(recording, self._counts), recording
+            split, index, rows = json.loads(line)
+            yield split, index, [tuple(row) for row in rows]
 
 
 class WriteShard(beam.DoFn):
-    """((split, shard), recordings) → WrittenShard: reads, decodes, resamples, quantises and writes one shard.
+    """ShardRows → WrittenShard: reads, decodes, resamples, quantises and writes one shard.
 
     Args:
       source: opens the recordings.
@@ -105,50 +153,60 @@ class WriteShard(beam.DoFn):
         self._folder, self._run = folder, run
         self._progress = progress
 
+    def start_bundle(self) -> None:
+        self._flusher = concurrent.futures.ThreadPoolExecutor(1)  # for the disk, while the next shard is written
+        self._flushing: list[concurrent.futures.Future[None]] = []
+
+    def finish_bundle(self) -> None:
+        with self._flusher:
+            for flushed in self._flushing:
+                flushed.result()
+
     def teardown(self) -> None:
         self._source.close()
 
-    def process(self, element: tuple[tuple[str, int], Iterable[SourceRecording]]) -> Iterator[WrittenShard]:
-        (split, index), recordings = element
+    def process(self, element: ShardRows) -> Iterator[WrittenShard]:
+        split, index, rows = element
         skipped = []
         m = self._manifest
         meter = Meter(self._progress)
         with ShardWriter(self._folder, self._run, m.window_length, m.hop_length) as writer:
-            for recording in sorted(recordings, key=lambda recording: natural_key(recording.id)):
+            for recording, label, size in rows:
                 try:
-                    self._write(writer, recording, meter)
+                    self._write(writer, recording, label, meter)
                     meter.add("recordings")
                 except Unreadable as error:
-                    skipped.append(Skipped(recording.id, split, str(error)))
+                    skipped.append(Skipped(recording, split, str(error)))
                     meter.add("skipped")
                 meter.add("done")
-                meter.add("source_bytes", recording.size)
+                meter.add("source_bytes", size)
                 meter.report()
             meter.report(at_once=True)
             name = shard_name(split, index, self._counts[split])
             shard, staged = writer.stage(name)
+        self._flushing.append(self._flusher.submit(flush_staged, self._folder, staged))
         yield WrittenShard(split, shard, staged, tuple(skipped))
 
-    def _write(self, writer: ShardWriter, recording: SourceRecording, meter: Meter) -> None:
+    def _write(self, writer: ShardWriter, recording: str, label: str | None, meter: Meter) -> None:
         m = self._manifest
         with (
-            self._source.open(recording.id) as file,
+            self._source.open(recording) as file,
             measure(file, trim_silence=m.trim_silence, loudness=m.loudness) as waveform,
         ):
             records = 0
             with scratch_errors():
                 for offset, tokens in waveform.pieces(m.encoding, m.num_levels, m.record_length):
-                    record = Record(recording.id, offset, waveform.length, tokens, recording.label)
+                    record = Record(recording, offset, waveform.length, tokens, label)
                     meter.add("bytes", writer.write(record))
                     meter.add("samples", len(tokens))
                     meter.report()
                     records += 1
             writer.end_recording(
                 Recording(
-                    id=recording.id,
+                    id=recording,
                     length=waveform.length,
                     records=records,
-                    label=recording.label,
+                    label=label,
                     low=waveform.low,
                     high=waveform.high,
                     source_rate=waveform.source_rate,

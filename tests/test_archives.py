@@ -14,13 +14,14 @@ import zlib
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 import soundfile
 from hub_server import Fault, Hub
 from test_sources import sc09_files, wav, write_files, write_zip
 
 from harmonic.errors import UserError
-from pipelines import remote, stores, tarballs
+from pipelines import remote, stores, tarballs, waveforms
 from pipelines.sources import data_set, open_source
 from pipelines.stores import Unreadable
 from pipelines.waveforms import measure
@@ -189,19 +190,29 @@ def test_a_bucket_s_folder(tmp_path, bucket):
         source.open("a/0.wav")
 
 
-def test_a_local_file_that_fails_while_it_is_read_is_not_cut_short(tmp_path):
+@pytest.mark.parametrize("blocks", [0, 1, 2])
+@pytest.mark.parametrize("name", ["0.wav", "0.flac"])
+def test_a_local_file_that_fails_while_it_is_read_is_not_cut_short(tmp_path, monkeypatch, name, blocks):
     folder = write_files(tmp_path / "f", {f"{i}.wav": b"" for i in range(3)})
-    for i in range(3):
-        soundfile.write(folder / f"{i}.wav", [0.1] * 500_000, 16_000, format="WAV")
-    source = open_source(data_set("mine"), str(folder))
-    file = source.open("1.wav")
-    audio = soundfile.SoundFile(file)
-    assert len(audio.read(1000)) == 1000
-    os.dup2(os.open(tmp_path, os.O_RDONLY), file.fileno())  # a folder: from now on, reading it fails
-    audio.read(499_000)  # libsndfile says nothing
-    audio.close()
-    with pytest.raises(UserError, match=r"1\.wav' could not be read to its end: Is a directory; run again"):
-        file.close()
+    soundfile.write(folder / name, np.random.default_rng(0).normal(0, 0.1, 500_000), 16_000)
+    file = open_source(data_set("mine"), str(folder)).open(name)
+    add, added = waveforms._Extent.add, []
+
+    def fails_now(self, block):
+        os.dup2(os.open(tmp_path, os.O_RDONLY), file.fileno())  # a folder: from now on, reading it fails
+
+    def count(self, block):
+        add(self, block)
+        added.append(len(block))
+        if len(added) == blocks:
+            fails_now(self, block)
+
+    monkeypatch.setattr(waveforms._Extent, "add", count)
+    if not blocks:
+        fails_now(None, None)
+    with file, pytest.raises(UserError, match=rf"{name}' could not be read to its end: Is a directory; run again"):
+        waveforms.measure(file)
+    assert len(added) == blocks
 
 
 def test_a_pipe_among_the_recordings_is_not_waited_for(tmp_path):

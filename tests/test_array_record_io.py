@@ -259,7 +259,7 @@ def test_a_full_temporary_disk_is_told():
 
 def test_a_native_writer_that_cannot_go_on_is_told(tmp_path):
     with sink.ShardWriter(str(tmp_path), RUN, 5) as writer, pytest.raises(UserError, match="no space is left in"):
-        with writer._native_errors():
+        with writer._native_errors:
             raise RuntimeError("write() failed: No space left on device; writing x")
     assert names(str(tmp_path)) == []
 

@@ -82,7 +82,7 @@ def test_the_job_s_graph(hub):
     payload = api.DockerPayload.FromString(environment.payload)
     assert payload.container_image == "registry.example/fake/worker:1"
     names = {transform.unique_name for transform in graph.components.transforms.values()}
-    assert {"Recordings", "KeyByShard", "Group", "WriteShard", "Gather", "Publish"} <= names
+    assert {"Shards", "Spread", "WriteShard", "Gather", "Publish"} <= names
     sent = graph.SerializeToString()
     assert b"RIFF" not in sent and len(sent) < 100_000
     # Credentials do not travel: not in the graph, not in what is pickled within it.

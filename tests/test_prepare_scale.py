@@ -7,7 +7,7 @@ from prepared import TWO_PROCESSES, mine, read_folder, write_zip
 
 from harmonic.records import SPLITS
 from pipelines import build, console, transforms
-from pipelines.array_record_io import stage_folder, stage_listing
+from pipelines.array_record_io import stage_folder
 from pipelines.build import PrepareSpec
 from pipelines.sources import SourceRecording
 
@@ -62,11 +62,11 @@ def test_progress_is_reported_while_running(tmp_path, monkeypatch, options):
 
 
 def test_a_listing_travels_by_files(tmp_path):
-    rows = [SourceRecording(f"\u00e9/{i}.wav", SPLITS[i % 3], "a\nb" if i % 2 else None, 10**12 + i) for i in range(25)]
-    rows.append(SourceRecording("row/1", "test", None, 5, group="file#3"))
-    paths = stage_listing(str(tmp_path), "0" * 32, rows, 10)
+    rows = [(f"\u00e9/{i}.wav", "a\nb" if i % 2 else None, 10**12 + i) for i in range(25)]
+    shards = [(SPLITS[i % 3], i // 3, rows[5 * i : 5 * i + 5]) for i in range(5)]
+    paths = transforms.stage_listing(str(tmp_path), "0" * 32, shards, 8)
     assert [path.rsplit("/", 1)[0] for path in paths] == 3 * [stage_folder(str(tmp_path), "0" * 32)]
-    assert [row for path in paths for row in transforms.read_listing(path)] == rows
+    assert [shard for path in paths for shard in transforms.read_listing(path)] == shards
 
 
 @pytest.mark.parametrize("options", [(), TWO_PROCESSES])

@@ -26,10 +26,24 @@ def test_number_of_shards():
         counts = transforms.shard_counts(recordings, 1_000, wanted)
         assert all(1 <= count <= wanted for count in counts.values())
         for split in counts:  # no shard is empty
-            used = {transforms.shard_of(r, counts) for r in recordings if r.split == split}
-            assert used == {(split, shard) for shard in range(counts[split])}
-    recording = SourceRecording("123456789", "test", None, 0)  # its CRC-32 is known: CBF43926
-    assert list(transforms.KeyByShard({"test": 5}).process(recording)) == [(("test", 0xCBF43926 % 5), recording)]
+            used = {index for name, index, _ in transforms.group_by_shard(recordings, counts) if name == split}
+            assert used == set(range(counts[split]))
+
+
+def test_recordings_are_grouped_by_shard():
+    recording = SourceRecording("123456789", "test", "a", 7)  # its CRC-32 is known: CBF43926
+    assert transforms.group_by_shard([recording], {"test": 5}) == [("test", 0xCBF43926 % 5, [("123456789", "a", 7)])]
+    recordings = [*listing(range(100, 140)), *listing([5_000, 1], "validation"), *listing([], "test")]
+    recordings.append(SourceRecording("z", "train", None, 9_000, group=recordings[0].id))
+    shards = transforms.group_by_shard(recordings, {"train": 4, "validation": 1, "test": 1})
+    rows = [(split, *row) for split, _, rows in shards for row in rows]
+    assert sorted(rows) == sorted((r.split, r.id, r.label, r.size) for r in recordings)
+    # The largest first, each in the order of the listing, groups together.
+    sizes = [sum(size for _, _, size in rows) for _, _, rows in shards]
+    assert sizes == sorted(sizes, reverse=True) and len(sizes) == 5
+    order = [r.id for r in recordings]
+    assert all(ids == sorted(ids, key=order.index) for ids in ([row[0] for row in rows] for _, _, rows in shards))
+    assert [row[0] for row in shards[0][2]][:: len(shards[0][2]) - 1] == [recordings[0].id, "z"]
 
 
 MANIFEST = describe(PrepareSpec("mine", "a.zip", encoding="mu_law", window_length=128_000), "f")
@@ -77,17 +91,18 @@ def test_skipped_recordings_stop_a_complete_data_set():
         transforms.check_skipped(nothing, complete=False)
 
 
-def test_a_shard_is_in_natural_order_and_whole(tmp_path):
+def test_a_shard_is_in_the_listing_s_order_and_whole(tmp_path):
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     for i in (10, 9, 2):
         soundfile.write(tmp_path / f"{i}.wav", np.random.default_rng(i).normal(0, 0.1, (1_000 * i, 2)), 16_000)
     (tmp_path / "3.wav").write_bytes((tmp_path / "9.wav").read_bytes()[:100])
     source = open_source(data_set("mine"), str(tmp_path))
-    recordings = source.list()
+    shard = ("train", 0, [(recording.id, recording.label, recording.size) for recording in source.list()])
     step = transforms.WriteShard(source, {"train": 1}, MANIFEST, str(tmp_path / "out"), "0" * 32, None)
-    results = [list(step.process((("train", 0), order))) for order in (recordings, recordings[::-1])]
-    (first,), (second,) = results
+    step.start_bundle()
+    (first,), (second,) = (list(step.process(shard)) for _ in range(2))
+    step.finish_bundle()
     assert first.shard == second.shard and first.staged != second.staged
     assert first.skipped == (Skipped("3.wav", "train", "is cut short: 100 bytes, and its header claims 36044"),)
     assert (first.shard.recordings, first.shard.records, first.shard.samples) == (3, 3, 21_000)

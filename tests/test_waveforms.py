@@ -4,11 +4,13 @@ import io
 import signal
 import struct
 
+import hypothesis
 import librosa
 import numpy as np
 import pytest
 import soundfile
 import soxr
+from hypothesis import strategies as st
 
 from harmonic import audio
 from pipelines import waveforms
@@ -134,7 +136,7 @@ def test_an_interrupt_in_the_middle_of_a_read_is_not_lost(at):
             return super().readinto(buffer)
 
     file = Interrupted()
-    soundfile.write(file, np.zeros(1_000_000), 16_000, format="WAV")
+    soundfile.write(file, np.zeros(1_000_000), 16_000, format="WAV", subtype="FLOAT")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -142,6 +144,66 @@ def test_an_interrupt_in_the_middle_of_a_read_is_not_lost(at):
     finally:
         signal.signal(signal.SIGINT, before)
     assert file.reads >= at
+
+
+def chunk(name, data):
+    return name + struct.pack("<I", len(data)) + data + b"\0" * (len(data) % 2)
+
+
+@hypothesis.given(
+    chunks=st.lists(
+        st.tuples(st.sampled_from([b"LIST", b"JUNK", b"bext"]), st.binary(max_size=40), st.booleans()), max_size=4
+    ),
+    form=st.tuples(st.sampled_from([1, 1, 1, 3, 6, 7]), st.integers(1, 3), st.sampled_from([8_000, 16_000])),
+    bits=st.sampled_from([16, 16, 16, 8, 24, 32]),
+    extra=st.sampled_from([b"", b"\0\0", b"\0" * 24]),
+    data=st.binary(max_size=400),
+    far=st.sampled_from([0, 0, 70_000]),
+)
+def test_wav_files_of_any_layout_are_read_as_libsndfile_reads_them(chunks, form, bits, extra, data, far):
+    tag, channels, rate = form
+    width = channels * bits // 8
+    layout = struct.pack("<HHIIHH", tag, channels, rate, rate * width, width, bits) + extra
+    before = b"".join(chunk(name, content) for name, content, first in chunks if first) + chunk(b"JUNK", b"\1" * far)
+    after = b"".join(chunk(name, content) for name, content, first in chunks if not first)
+    body = b"WAVE" + before + chunk(b"fmt ", layout) + after + chunk(b"data", data)
+    file = b"RIFF" + struct.pack("<I", len(body)) + body
+    try:
+        expected, expected_rate = soundfile.read(io.BytesIO(file), dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError:
+        hypothesis.assume(False)
+    hypothesis.assume(len(expected) and np.isfinite(expected).all())
+    for block in (1 << 17, 7):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(waveforms, "_BLOCK_VALUES", block)
+            found_rate, blocks = waveforms.decode(io.BytesIO(file))
+            mono = np.concatenate(list(blocks))
+        assert found_rate == expected_rate
+        if rate == 16_000:
+            np.testing.assert_array_equal(mono, expected.mean(axis=1, dtype=np.float32))
+
+
+@pytest.mark.parametrize("length", [100, 32_700, 200_000])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_the_usual_wav_file_needs_no_libsndfile(tmp_path, monkeypatch, channels, length):
+    samples = (32_767 * noise(length, channels)).astype(np.int16)
+    soundfile.write(tmp_path / "a.wav", samples, 16_000)
+    expected, _ = soundfile.read(tmp_path / "a.wav", dtype="float32", always_2d=True)
+    monkeypatch.setattr(waveforms, "_libsndfile", None)
+    with open(tmp_path / "a.wav", "rb") as file:
+        rate, blocks = waveforms.decode(file)
+        np.testing.assert_array_equal(np.concatenate(list(blocks)), expected.mean(axis=1, dtype=np.float32))
+    assert rate == 16_000
+
+
+@pytest.mark.parametrize("format", ["FLAC", "OGG", "MP3", "AIFF"])
+def test_files_of_a_disk_are_read_as_those_in_memory(tmp_path, format):
+    data = encoded(noise(300_000), 22_050, format)
+    (tmp_path / "a").write_bytes(data)
+    with open(tmp_path / "a", "rb") as file:
+        rate, blocks = waveforms.decode(file)
+        np.testing.assert_array_equal(np.concatenate(list(blocks)), decode_all(data)[1])
+    assert rate == 22_050
 
 
 def test_a_header_of_endless_chunks_is_given_up():
