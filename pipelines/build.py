@@ -49,7 +49,7 @@ from pipelines.runners import (
 )
 from pipelines.sources import DATA_SETS, DataSet, Source, SourceRecording, data_set, open_source
 from pipelines.splits import DEFAULT_RULE, DEFAULT_SHARES, SplitRule, split_rule
-from pipelines.workers import local_workers
+from pipelines.workers import LocalWorkers
 
 SHARD_BYTES = 32 << 20  # of source for each shard
 # of each split. The manifest lists them all, and one step holds it: 40 MB of text at most for a split.
@@ -130,10 +130,10 @@ def prepare(spec: PrepareSpec, options: Sequence[str] = (), progress: Progress |
         spec = _as_it_stands(spec, existing)
     dataset, spec = resolve(spec)
     with contextlib.ExitStack() as stack:
-        worker = None
+        workers = None
         if not whole and wants_processes(options):  # at once: it takes as long as all that comes before the run
-            worker = stack.enter_context(local_workers())
-        return _prepare(dataset, spec, folder, existing, whole, as_it_stands, beam_options(options), worker, progress)
+            workers = stack.enter_context(LocalWorkers())
+        return _prepare(dataset, spec, folder, existing, whole, as_it_stands, beam_options(options), workers, progress)
 
 
 def _prepare(
@@ -144,7 +144,7 @@ def _prepare(
     whole: bool,
     as_it_stands: bool,
     options: list[str],
-    worker: str | None,
+    workers: LocalWorkers | None,
     progress: Progress | None,
 ) -> Manifest:
     runner = runner_of(options)
@@ -178,7 +178,7 @@ def _prepare(
         with _alone(folder):
             if not spec.overwrite and read_manifest(folder) != existing:
                 raise UserError(f"another run has just written {folder}; run the same command again")
-            return _run(spec, dataset, source, rule, described, folder, options, worker, progress)
+            return _run(spec, dataset, source, rule, described, folder, options, workers, progress)
     finally:
         source.close()
 
@@ -378,7 +378,7 @@ def _run(
     described: Manifest,
     folder: str,
     options: list[str],
-    worker: str | None,
+    workers: LocalWorkers | None,
     progress: Progress | None,
 ) -> Manifest:
     recordings = rule.apply(source.list())
@@ -399,7 +399,7 @@ def _run(
     run = uuid.uuid4().hex
     with quiet(), _watch(progress, recordings, stage_folder(folder, run)) as progress_file:
         try:
-            pipeline = beam.Pipeline(local_runner(pipeline_options, worker), options=pipeline_options)
+            pipeline = beam.Pipeline(local_runner(pipeline_options, workers), options=pipeline_options)
             with uncollected():
                 build(
                     pipeline,
@@ -419,6 +419,11 @@ def _run(
             user_error = unwrap(error)
             if user_error is not None:
                 raise user_error from error
+            if workers is not None and workers.lost(wait=0.0 if isinstance(error, KeyboardInterrupt) else 1.0):
+                raise UserError(
+                    "a worker process was lost: it was killed, or no memory was left; run the same command again, with "
+                    "fewer --direct_num_workers if need be"
+                ) from error
             if re.search(r"^KeyboardInterrupt\b", str(error), re.MULTILINE):  # Beam wraps this, too
                 raise KeyboardInterrupt from error
             raise

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from harmonic.errors import UserError
 from pipelines.array_record_io import import_beam, is_local, one_line
+from pipelines.workers import LocalWorkers
 
 DEFAULT_RUNNER = "FnApiRunner"
+_BEAM_THREADS = ("beam_control_read", "read_grpc_client_inputs", "run_worker")
 
 
 def beam_options(arguments: Sequence[str]) -> list[str]:
@@ -81,12 +84,11 @@ def wants_processes(options: Sequence[str]) -> bool:
     return any("multi_processing" in option for option in options)
 
 
-def local_runner(options: Any, worker: str | None) -> Any:
-    """The FnApiRunner with worker processes, where they are wanted; else None.
+def local_runner(options: Any, workers: LocalWorkers | None) -> Any:
+    """The FnApiRunner with these worker processes, where they are wanted; else None.
 
-    `worker` is the command that starts one (`pipelines.workers`). Beam's own lets it log to stderr until it has read
-    the options, which never reach it, and work on, for as long as its share takes, when the process that started it has
-    been killed.
+    Beam's own command for a worker lets it log to stderr until it has read the options, which never reach it, and work
+    on, for as long as its share takes, when the process that started it has been killed.
     """
     from apache_beam.options.pipeline_options import DirectOptions, StandardOptions
     from apache_beam.runners.portability.fn_api_runner import FnApiRunner
@@ -94,10 +96,10 @@ def local_runner(options: Any, worker: str | None) -> Any:
 
     direct = options.view_as(DirectOptions)
     multiple = direct.direct_running_mode == "multi_processing"
-    if options.view_as(StandardOptions).runner != DEFAULT_RUNNER or not multiple or worker is None:
+    if options.view_as(StandardOptions).runner != DEFAULT_RUNNER or not multiple or workers is None:
         return None
     direct.direct_running_mode = "in_memory"  # that is: do not set the environment again
-    return FnApiRunner(default_environment=SubprocessSDKEnvironment.from_command_string(worker))
+    return FnApiRunner(default_environment=SubprocessSDKEnvironment.from_command_string(workers.command))
 
 
 def unwrap(error: BaseException) -> UserError | None:
@@ -121,7 +123,15 @@ def _without_step(message: str) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Holds back Beam's logging, which repeats every error with its stack trace and warns of what is meant."""
+    """Holds back Beam's logging, which repeats every error with its stack trace and warns of what is meant, and the
+    traces of its own threads when a worker is lost."""
+    before = threading.excepthook
+
+    def not_beam(args: threading.ExceptHookArgs) -> None:
+        if args.thread is None or not args.thread.name.startswith(_BEAM_THREADS):
+            before(args)
+
+    threading.excepthook = not_beam
     names = ("apache_beam", "root")
     levels = [logging.getLogger(name).level for name in names]
     for name in names:
@@ -129,5 +139,6 @@ def quiet() -> Iterator[None]:
     try:
         yield
     finally:
+        threading.excepthook = before
         for name, level in zip(names, levels, strict=True):
             logging.getLogger(name).setLevel(level)

@@ -7,7 +7,6 @@ environment on to the server by a local socket, and lives as long as the worker 
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import logging
@@ -20,47 +19,79 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
 from typing import NoReturn
 
 _CLIENT = """
-import json, os, socket, sys
-with socket.socket(socket.AF_UNIX) as server:
-    server.connect(sys.argv[1])
-    server.sendall(json.dumps(dict(os.environ)).encode())
-    server.shutdown(socket.SHUT_WR)
-    sys.exit(server.recv(1) != b"0")
+import json, os, signal, socket, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+folder = sys.argv[1]
+ended = b""
+try:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.connect(os.path.join(folder, "socket"))
+        server.sendall(json.dumps(dict(os.environ)).encode())
+        server.shutdown(socket.SHUT_WR)
+        ended = server.recv(1)
+finally:
+    if not ended and os.path.isdir(folder):
+        open(os.path.join(folder, "lost"), "w").close()
+    os._exit(0)
 """
 # What Beam imports where it is there, for steps that are not used here.
 _UNUSED = ("google.cloud.bigquery", "google.cloud.pubsub", "pandas", "pymongo")
 _LONGEST_PATH = 60  # of a folder: sockets have 104 bytes for theirs
+_GRACE_SECONDS = 5.0  # for Beam to notice that a worker was lost
 
 
-@contextlib.contextmanager
-def local_workers() -> Iterator[str]:
-    """Starts the server; yields the shell command that starts a worker. Within, Beam is best imported at once."""
-    folder = None if len(tempfile.gettempdir()) <= _LONGEST_PATH else "/tmp"
-    with (
-        tempfile.TemporaryDirectory(prefix="harmonic-workers-", dir=folder) as folder,
-        socket.socket(socket.AF_UNIX) as listener,
-    ):
-        path = os.path.join(folder, "socket")
-        listener.bind(path)
-        listener.listen()
-        # That its standard input ends tells the server and the workers that this process is gone, however it ended.
-        server = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import serve; serve({listener.fileno()})"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            pass_fds=[listener.fileno()],
-        )
-        try:
-            yield f"exec {shlex.join([sys.executable, '-S', '-E', '-c', _CLIENT, path])}"
-        finally:
-            server.kill()
-            server.wait()
-            assert server.stdin is not None
-            server.stdin.close()
+class LocalWorkers:
+    """The server, and its workers. A context manager, within which Beam is best imported at once.
+
+    Attributes:
+      command: the shell command that starts a worker.
+    """
+
+    def __enter__(self) -> LocalWorkers:
+        short = None if len(tempfile.gettempdir()) <= _LONGEST_PATH else "/tmp"
+        self._folder = tempfile.TemporaryDirectory(prefix="harmonic-workers-", dir=short)
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(os.path.join(self._folder.name, "socket"))
+            listener.listen()
+            # The end of its standard input tells it and the workers that this process is gone, however it ended.
+            self._server = subprocess.Popen(
+                [sys.executable, "-c", f"from {__name__} import serve; serve({listener.fileno()})"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[listener.fileno()],
+            )
+        self.command = f"exec {shlex.join([sys.executable, '-S', '-E', '-c', _CLIENT, self._folder.name])}"
+        self._in_main_thread = threading.current_thread() is threading.main_thread()
+        self._ended = threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._server.kill()
+        self._server.wait()
+        assert self._server.stdin is not None
+        self._server.stdin.close()
+        self._folder.cleanup()
+
+    def lost(self, wait: float = 0.0) -> bool:
+        """Whether a worker has ended before its time or could not begin, or does within `wait` seconds."""
+        until, mark = time.monotonic() + wait, os.path.join(self._folder.name, "lost")
+        while not (found := os.path.exists(mark)) and time.monotonic() < until:
+            time.sleep(0.05)
+        return found
+
+    def _watch(self) -> None:
+        """Beam waits for a worker for ever that has never begun."""
+        while not self._ended.wait(0.5):
+            if self.lost():
+                if not self._ended.wait(_GRACE_SECONDS) and self._in_main_thread:
+                    os.kill(os.getpid(), signal.SIGINT)  # which alone ends a wait
+                return
 
 
 def leave_out_unused() -> None:

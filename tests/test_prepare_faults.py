@@ -1,10 +1,12 @@
 """Preparing, where something is wrong: recordings, flags, disks, runners; interrupts and kills."""
 
+import contextlib
 import functools
 import io
 import os
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ from prepared import (
 
 from harmonic import records
 from harmonic.errors import UserError
-from pipelines import build, prepare, runners, transforms
+from pipelines import build, prepare, runners, transforms, workers
 from pipelines.build import PrepareSpec
 
 
@@ -221,7 +223,8 @@ def test_user_errors_are_found_in_what_runners_wrap_around_them():
 
 
 def stop_in_the_middle(tmp_path, options, stop):
-    """Starts a run in a process of its own and sends it a signal. Returns (source, folder, status, errors)."""
+    """Starts a run in a process of its own and stops it by a signal, or by a function of the process. Returns (source,
+    folder, status, errors)."""
     files = {f"{i}.wav": wav(44_100 * 5, 44_100, 2, i) for i in range(30)}
     source = write_folder(tmp_path / "f", files)
     argv = ["--dataset", "mine", "--source", source, "--output_dir", tmp_path / "killed", "--num_shards", 4, *options]
@@ -234,7 +237,7 @@ def stop_in_the_middle(tmp_path, options, stop):
     while not any(path.stat().st_size >= 3 for path in folder.glob("_partial-*/progress")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
-    process.send_signal(stop)
+    stop(process) if callable(stop) else process.send_signal(stop)
     _, err = process.communicate(timeout=60)
     return source, folder, process.returncode, err
 
@@ -260,3 +263,79 @@ def test_a_killed_run_leaves_nothing_that_looks_whole(tmp_path, options):
     other = PrepareSpec("mine", str(source), str(tmp_path / "whole"), num_shards=4)
     build.prepare(other)
     assert read_folder(folder) == read_folder(other.folder)
+
+
+def below(pid):
+    """Children of a process, and theirs."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            name, _, rest = stat.read_text().rpartition(")")
+            if int(rest.split()[1]) == pid:
+                found += [int(name.split()[0]), *below(int(name.split()[0]))]
+    return found
+
+
+def servers_and_workers(process):
+    """The processes that are forked from the server of workers, and itself, in this order."""
+    found = [pid for pid in below(process.pid) if b"import serve" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return sorted(found, key=lambda pid: -len(below(pid)) or pid)[::-1]
+
+
+def test_a_lost_worker_is_told_and_the_next_run_goes_on(tmp_path):
+    killed = []
+
+    def kill(process):
+        killed.extend(servers_and_workers(process))
+        os.kill(killed[0], signal.SIGKILL)
+
+    source, folder, status, err = stop_in_the_middle(tmp_path, TWO_PROCESSES, kill)
+    assert len(killed) == 3 and status == 2
+    (line,) = (line for line in err.splitlines() if "recordings" not in line)
+    assert line.startswith("error: a worker process was lost: it was killed, or no memory was left; run the same")
+    assert read_folder(folder) == {} and not any(Path(f"/proc/{pid}").exists() for pid in killed)
+    spec = PrepareSpec("mine", str(source), str(tmp_path / "killed"), num_shards=4)
+    other = PrepareSpec("mine", str(source), str(tmp_path / "whole"), num_shards=4)
+    build.prepare(spec, TWO_PROCESSES)
+    build.prepare(other)
+    assert read_folder(folder) == read_folder(other.folder)
+
+
+def test_workers_that_have_begun_need_no_server(tmp_path):
+    _, folder, status, _ = stop_in_the_middle(
+        tmp_path, TWO_PROCESSES, lambda process: os.kill(servers_and_workers(process)[-1], signal.SIGKILL)
+    )
+    assert status == 0 and records.load_manifest(folder).splits["train"].recordings
+
+
+def test_a_server_of_workers_that_cannot_start_is_not_waited_for(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(workers, "_GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(workers, "__name__", "no_such_module")
+    source = write_zip(tmp_path / "a.zip", mine())
+    with pytest.raises(UserError, match="a worker process was lost"):
+        build.prepare(PrepareSpec("mine", str(source), str(tmp_path)), TWO_PROCESSES)
+    assert read_folder(tmp_path / "mine") == {}
+    assert "No module named 'no_such_module'" in capfd.readouterr().err
+
+
+def test_an_interrupt_of_a_terminal_reaches_all_and_one_speaks(tmp_path):
+    def interrupt(process):
+        for pid in (*below(process.pid), process.pid):
+            os.kill(pid, signal.SIGINT)
+
+    _, folder, status, err = stop_in_the_middle(tmp_path, TWO_PROCESSES, interrupt)
+    assert status == 130 and [line for line in err.splitlines() if "recordings" not in line] == [
+        "interrupted; run the same command again"
+    ]
+    assert read_folder(folder) == {}
+
+
+def test_workers_start_whatever_the_length_of_the_temporary_folder_s_name(tmp_path, monkeypatch):
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    monkeypatch.setattr(workers.tempfile, "tempdir", str(deep))
+    manifest = build.prepare(
+        PrepareSpec("mine", str(write_zip(tmp_path / "a.zip", mine())), str(tmp_path)), TWO_PROCESSES
+    )
+    assert sum(split.recordings for split in manifest.splits.values()) == 12
+    assert list(deep.iterdir()) == []

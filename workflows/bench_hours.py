@@ -91,7 +91,7 @@ def _watch(running: subprocess.Popen[bytes], minute: float) -> list[tuple[str, l
                 with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as file:
                     found = re.search(r"VmRSS:\s*(\d+) kB", file.read())
                 with open(f"/proc/{pid}/cmdline", "rb") as file:
-                    workers |= {pid} if b"pipelines.workers" in file.read() else set()
+                    workers |= {pid} if b"pipelines.workers" in file.read() else set()  # the server is the first
             except OSError:  # it has just ended
                 continue
             if found and (pid in workers or pid == running.pid):
@@ -102,7 +102,7 @@ def _watch(running: subprocess.Popen[bytes], minute: float) -> list[tuple[str, l
                 mine[since] = max(mine[since], 1_024 * int(found[1]))
         time.sleep(_EVERY)
     ordered = [running.pid, *sorted(workers)]
-    names = ["launcher", *(f"worker {i}" for i in range(len(workers)))]
+    names = ["launcher", "server of workers", *(f"worker {i}" for i in range(len(workers) - 1))]
     return [(name, [p for p in peaks[pid] if p]) for name, pid in zip(names, ordered, strict=True) if pid in peaks]
 
 
