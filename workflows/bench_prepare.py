@@ -30,7 +30,7 @@ MUSIC = (20, 600.0, 44_100)
 WINDOWS = ((16_000, 32), (128_000, 32), (960_512, 4))  # samples, in batches of so many: SC09, Beethoven, YouTubeMix
 _READ_SAMPLES = 32_000_000  # for each size of window
 _READ_SECONDS = 2.0
-_ROUNDS = 3
+_ROUNDS = 5
 
 
 def platform() -> str:
