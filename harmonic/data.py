@@ -30,6 +30,8 @@ from harmonic.records import (
     decode_record,
     load_manifest,
     read_index,
+    record_head,
+    record_tokens,
 )
 
 
@@ -76,27 +78,45 @@ class Split:
         """
         recording, piece = self.recordings[index], self.manifest.record_length
         stop = recording.length if stop is None else min(stop, recording.length)
-        numbers = range(start // piece, -(-stop // piece)) if stop > start else range(0)
-        first, parts = int(self._first_record[index]), []
-        for number in numbers:
-            # One by one: of several at once, the source makes threads of its own, which takes ten times as long.
-            try:
-                data = self._source[first + number]
-                record = decode_record(data, verify=False)  # ArrayRecord has just held it to a hash of its own
-                if (record.recording, record.offset) != (recording.id, number * piece):
-                    raise RecordError(f"it holds {record.recording} from {record.offset}")
-                expected = min(piece, recording.length - number * piece)
-                if len(record.tokens) != expected:
-                    raise RecordError(f"it holds {len(record.tokens)} samples, not {expected}")
-            except (RecordError, RuntimeError, ValueError, IndexError, OSError) as error:
-                raise UserError(
-                    f"{self._shard_of(index).file} in {self.folder} is damaged at recording {recording.id}, sample "
-                    f"{number * piece} ({' '.join(str(error).split())[:200]}); prepare the data set again"
-                ) from error
-            parts.append(record.tokens[max(0, start - number * piece) : stop - number * piece])
-        if not parts:
+        if stop <= start:
             return np.zeros((0, self.manifest.channels), self.manifest.token_dtype)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        first, last = start // piece, (stop - 1) // piece
+        if first == last:
+            return self._record(index, first)[start - first * piece : stop - first * piece]
+        tokens = np.empty((stop - start, self.manifest.channels), self.manifest.token_dtype)
+        for number in range(first, last + 1):
+            begin, end = max(start, number * piece), min(stop, (number + 1) * piece)
+            tokens[begin - start : end - start] = self._record(index, number)[
+                begin - number * piece : end - number * piece
+            ]
+        return tokens
+
+    def _record(self, index: int, number: int) -> np.ndarray:
+        """The tokens of a recording's record of that number."""
+        recording, m = self.recordings[index], self.manifest
+        offset = number * m.record_length
+        length = min(m.record_length, recording.length - offset)
+        shape: dict[str, Any] = {"channels": m.channels, "dtype": m.token_dtype}
+        head = record_head(recording.id, recording.label, offset, length, recording.length, **shape)
+        try:
+            # One by one: of several at once, the source makes threads of its own, which takes ten times as long. That
+            # the bytes are as they were written, it has held to a hash of its own.
+            data = self._source[int(self._first_record[index]) + number]
+            tokens = record_tokens(data, head, length, **shape)
+            if tokens is None:
+                record = decode_record(data, verify=False)
+                tokens = record.tokens
+                if (record.recording, record.offset, len(tokens)) != (recording.id, offset, length):
+                    raise RecordError(
+                        f"it holds {len(tokens)} samples of {record.recording} from {record.offset}, not {length} from "
+                        f"{offset}"
+                    )
+        except (RecordError, RuntimeError, ValueError, IndexError, OSError) as error:
+            raise UserError(
+                f"{self._shard_of(index).file} in {self.folder} is damaged at recording {recording.id}, sample "
+                f"{offset} ({' '.join(str(error).split())[:200]}); prepare the data set again"
+            ) from error
+        return tokens
 
     def _shard_of(self, index: int) -> Shard:
         return self._shards[bisect.bisect_right(self._shard_ends, self._first_record[index])]

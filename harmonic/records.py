@@ -35,7 +35,7 @@ MAX_CHANNELS = 1_024
 _MAGIC = b"HRN1"
 _PREFIX = struct.Struct("<4sI")  # magic, bytes of the JSON header
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
-_HEADER = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
+_quote = json.JSONEncoder().encode  # of text, or None
 _CHECKSUM = struct.Struct("<I")  # CRC-32 of everything before it
 _DTYPES: dict[str, np.dtype[Any]] = {"uint8": np.dtype("<u1"), "uint16": np.dtype("<u2")}
 _NAMES = {dtype.newbyteorder(order): name for name, dtype in _DTYPES.items() for order in ("<", ">")}
@@ -68,20 +68,32 @@ def encode_record(record: Record) -> bytes:
     """The bytes of a record: magic, header length, JSON header, tokens (little-endian), CRC-32."""
     length, channels = record.tokens.shape
     dtype = _NAMES[record.tokens.dtype]
-    header = _HEADER.encode(
-        {
-            "recording": record.recording,
-            "offset": record.offset,
-            "length": length,
-            "channels": channels,
-            "recording_length": record.recording_length,
-            "dtype": dtype,
-            "label": record.label,
-        }
-    ).encode()
-    tokens = np.ascontiguousarray(record.tokens, _DTYPES[dtype]).tobytes()
-    body = _PREFIX.pack(_MAGIC, len(header)) + header + tokens
+    head = record_head(
+        record.recording, record.label, record.offset, length, record.recording_length, channels=channels, dtype=dtype
+    )
+    body = head + np.ascontiguousarray(record.tokens, _DTYPES[dtype]).tobytes()
     return body + _CHECKSUM.pack(zlib.crc32(body))
+
+
+def record_head(
+    recording: str, label: str | None, offset: int, length: int, recording_length: int, *, channels: int, dtype: str
+) -> bytes:
+    """What a record begins with: magic, header length, JSON header (of sorted keys, without spaces)."""
+    text = (
+        f'{{"channels":{channels},"dtype":"{dtype}","label":{_quote(label)},"length":{length},"offset":{offset},'
+        f'"recording":{_quote(recording)},"recording_length":{recording_length}}}'
+    )
+    return _PREFIX.pack(_MAGIC, len(text)) + text.encode()
+
+
+def record_tokens(data: bytes, head: bytes, length: int, *, channels: int, dtype: str) -> np.ndarray | None:
+    """The tokens [length, channels] of a record that begins with this head: a view, of which nothing is parsed and no
+    checksum looked at. None if it is not that record."""
+    kind = _DTYPES[dtype]
+    values = length * channels
+    if not data.startswith(head) or len(data) != len(head) + values * kind.itemsize + _CHECKSUM.size:
+        return None
+    return np.frombuffer(data, kind, values, len(head)).reshape(length, channels)
 
 
 def decode_record(data: bytes, *, verify: bool = True) -> Record:
