@@ -96,13 +96,13 @@ class Split:
         recording, m = self.recordings[index], self.manifest
         offset = number * m.record_length
         length = min(m.record_length, recording.length - offset)
-        shape: dict[str, Any] = {"channels": m.channels, "dtype": m.token_dtype}
-        head = record_head(recording.id, recording.label, offset, length, recording.length, **shape)
+        kind = m.channels, m.token_dtype
+        head = record_head(recording.id, recording.label, offset, length, recording.length, *kind)
         try:
             # One by one: of several at once, the source makes threads of its own, which takes ten times as long. That
             # the bytes are as they were written, it has held to a hash of its own.
             data = self._source[int(self._first_record[index]) + number]
-            tokens = record_tokens(data, head, length, **shape)
+            tokens = record_tokens(data, head, length, *kind)
             if tokens is None:
                 record = decode_record(data, verify=False)
                 tokens = record.tokens

@@ -68,15 +68,13 @@ def encode_record(record: Record) -> bytes:
     """The bytes of a record: magic, header length, JSON header, tokens (little-endian), CRC-32."""
     length, channels = record.tokens.shape
     dtype = _NAMES[record.tokens.dtype]
-    head = record_head(
-        record.recording, record.label, record.offset, length, record.recording_length, channels=channels, dtype=dtype
-    )
+    head = record_head(record.recording, record.label, record.offset, length, record.recording_length, channels, dtype)
     body = head + np.ascontiguousarray(record.tokens, _DTYPES[dtype]).tobytes()
     return body + _CHECKSUM.pack(zlib.crc32(body))
 
 
 def record_head(
-    recording: str, label: str | None, offset: int, length: int, recording_length: int, *, channels: int, dtype: str
+    recording: str, label: str | None, offset: int, length: int, recording_length: int, channels: int, dtype: str
 ) -> bytes:
     """What a record begins with: magic, header length, JSON header (of sorted keys, without spaces)."""
     text = (
@@ -86,7 +84,7 @@ def record_head(
     return _PREFIX.pack(_MAGIC, len(text)) + text.encode()
 
 
-def record_tokens(data: bytes, head: bytes, length: int, *, channels: int, dtype: str) -> np.ndarray | None:
+def record_tokens(data: bytes, head: bytes, length: int, channels: int, dtype: str) -> np.ndarray | None:
     """The tokens [length, channels] of a record that begins with this head: a view, of which nothing is parsed and no
     checksum looked at. None if it is not that record."""
     kind = _DTYPES[dtype]
