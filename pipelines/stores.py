@@ -95,16 +95,21 @@ class Folder(Store):
         return {name: size for name, (size, _) in self._stamps.items()}
 
     def open(self, name: str) -> BinaryIO:
-        full = os.path.join(self.path, *name.split("/"))
         try:
-            if not stat.S_ISREG(os.stat(full).st_mode):
-                raise Unreadable("is not a regular file")
-            return io.BufferedReader(io.FileIO(full))
+            file = io.FileIO(os.path.join(self.path, name), opener=_without_waiting)
         except OSError as error:
             raise Unreadable(f"cannot be opened: {error.strerror}") from error
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            file.close()
+            raise Unreadable("is not a regular file")
+        return io.BufferedReader(file)
 
     def stamp(self, name: str) -> tuple[object, ...]:
         return (name, *self._stamps[name])
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # for whoever writes into a pipe
 
 
 def _stamp(entry: os.DirEntry[str]) -> tuple[int, int]:

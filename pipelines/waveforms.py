@@ -270,6 +270,10 @@ class _Samples:
                 self._file.write(held.data)
             self._blocks.clear()
 
+    def end(self) -> None:
+        if self._file is not None:
+            self._file.flush()  # here, where a full disk is reported
+
     def read(self, start: int, stop: int) -> np.ndarray:
         if self._file is not None:
             self._file.seek(4 * start)
@@ -385,6 +389,7 @@ def _measure(file: BinaryIO, trim_silence: float | None, loudness: float | None)
             if len(block):
                 whole.add(block)
                 samples.append(block)
+        samples.end()
         if not whole.length:
             raise Unreadable("holds no samples")
         if whole.high - whole.low > np.finfo(np.float32).max:
