@@ -133,7 +133,8 @@ def _work(connection: socket.socket) -> NoReturn:
         os.environ.update(json.loads(given))
         from apache_beam.runners.worker import sdk_worker_main
 
-        sys.stderr = open(os.devnull, "w")  # to where it prints every error that it reports anyway
+        # To where Beam prints every error that it reports anyway, and gRPC, below Python, that it was told to end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
         sdk_worker_main.main([])
         connection.sendall(b"0")
     except BaseException:
