@@ -264,3 +264,12 @@ def test_index_round_trip_and_damage(tmp_path):
     (tmp_path / "i.jsonl").unlink()
     with pytest.raises(UserError, match="missing or damaged"):
         list(records.read_index(tmp_path, shard))
+
+
+@pytest.mark.parametrize("name", ["a/1.wav", 'q"\\\n\x7f', "\u00e9 \U0001f3b9"])
+@pytest.mark.parametrize("label", [None, "seven", "\t\u00fc"])
+def test_a_record_s_head_is_json_of_sorted_keys_without_spaces(name, label):
+    head = records.record_head(name, label, 131_072, 5, 10**12, 2, "uint16")
+    fields = {"recording": name, "label": label, "offset": 131_072, "length": 5, "recording_length": 10**12}
+    text = json.dumps({**fields, "channels": 2, "dtype": "uint16"}, sort_keys=True, separators=(",", ":")).encode()
+    assert head == b"HRN1" + len(text).to_bytes(4, "little") + text
