@@ -14,6 +14,7 @@ import io
 import itertools
 import os
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
@@ -135,7 +136,7 @@ _DIGITS = re.compile(r"[0-9]+")
 def _number(digits: re.Match[str]) -> str:
     """Sorts before any text, and the shorter number before the longer."""
     number = digits[0].lstrip("0")
-    return f"\0{chr(len(number))}{number}"
+    return f"\0{chr(min(len(number), sys.maxunicode))}{number}"
 
 
 # Splits: {id: split} from ids alone.

@@ -334,3 +334,8 @@ def test_files_that_cannot_be_opened(tmp_path):
     source = open_source(data_set("mine"), str(folder))
     assert len(source.list()) == 4
     assert reason(source, "3.wav") == "cannot be opened: No such file or directory"
+
+
+def test_a_number_of_any_length_has_its_place():
+    names = ["9" * 1_200_000, "1", "a"]
+    assert sorted(names, key=sources.natural_key) == ["1", names[0], "a"]
