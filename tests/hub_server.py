@@ -11,6 +11,8 @@ import threading
 import time
 import urllib.parse
 
+import loopback
+
 COMMIT = "a" * 40
 
 
@@ -64,9 +66,10 @@ class Hub:
       storage: how often each signature holds of a redirection to another host, from where files are sent.
       etags: by name; SHA-256 otherwise.
       token: what is needed to read.
+      port: the server's; a free one otherwise.
     """
 
-    def __init__(self, files, status=None, code=None, *, faults=(), storage=None, etags=None, token=None):
+    def __init__(self, files, status=None, code=None, *, faults=(), storage=None, etags=None, token=None, port=0):
         self.files, self.status, self.code = dict(files), status, code
         self.faults, self.storage, self.etags, self.token = list(faults), storage, etags or {}, token
         self.requests = []
@@ -79,18 +82,16 @@ class Hub:
                 self.hub = hub
                 super().setup()
 
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.handle_error = lambda *_: None  # connections that were ended on purpose
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.server = loopback.Server(Handler, port)
+        self.url = self.server.url
 
     def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        self.server.start()
         return self
 
     def __exit__(self, *_):
         self.closing.set()
-        self.server.shutdown()
-        self.server.server_close()
+        self.server.stop()
 
     def sent(self):
         """Bytes of files that were sent."""
@@ -245,10 +246,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 def take_for_the_hub(monkeypatch, hub, folder):
     """Makes this process take `hub` for the hub, with caches of its own, a token, and waits of milliseconds."""
     import datasets
-    from huggingface_hub import constants
+    from huggingface_hub import HfFileSystem, constants
 
     from pipelines import remote
 
+    # It keeps listings by address, and the system gives a closed server's port to another one.
+    HfFileSystem.clear_instance_cache()
     monkeypatch.setattr(remote, "FIRST_SECONDS", 0.001)
     monkeypatch.setattr(remote, "LONGEST_SECONDS", 0.01)
     monkeypatch.setenv("NO_PROXY", "*")

@@ -5,8 +5,9 @@ import hashlib
 import http.server
 import json
 import re
-import threading
 import urllib.parse
+
+import loopback
 
 TOKENS = {"hf_writes_secret": True, "hf_reads_secret": False}
 
@@ -35,16 +36,15 @@ class ModelHub:
                 self.hub = hub
                 super().setup()
 
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.server = loopback.Server(Handler)
+        self.url = self.server.url
 
     def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        self.server.start()
         return self
 
     def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
+        self.server.stop()
 
     def add(self, repo, files, private=False):
         self.repos[repo] = {"private": private, "commits": [dict(files)]}

@@ -49,7 +49,7 @@ def serve(monkeypatch, tmp_path):
 
         def serve(files, **options):
             hub = stack.enter_context(Hub(files, **options))
-            take_for_the_hub(monkeypatch, hub, tmp_path)
+            take_for_the_hub(monkeypatch, hub, tmp_path / str(id(hub)))
             return hub
 
         yield serve
@@ -277,6 +277,17 @@ def test_repositories_that_are_refused(serve):
     )
     assert "it has several configurations, give one, such as hf:some/thing:NAME" in refusal()
     assert open_hf("hf:some/thing:y").list()[0].id == "y.parquet/0"
+
+
+def test_nothing_is_left_of_a_closed_hub(serve):
+    """The system gives the port of one test's hub to another's."""
+    port = 0
+    for name in "xyz":
+        readme = f"---\nconfigs:\n- config_name: all\n  data_files: {name}.parquet\n---\n".encode()
+        hub = serve({f"{name}.parquet": parquet(range(9)), "README.md": readme}, port=port)
+        assert open_hf().list()[0].id == f"{name}.parquet/0"
+        hub.__exit__()
+        port = int(hub.url.rsplit(":")[-1])
 
 
 @pytest.mark.parametrize(
