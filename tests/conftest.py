@@ -1,10 +1,15 @@
 """Eight CPU devices, and a JAX that is strict about types, promotion and NaNs of shape."""
 
+import gc
 import os
 import tempfile
 
-# Most of a test's time is compiling: LLVM's optimisations are not what is tested.
-_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+_FLAGS = "--xla_force_host_platform_device_count=8"
+if not os.environ.get("HARMONIC_OPTIMISED"):
+    # Most of a test's time is compiling: LLVM's optimisations are not what is tested, and XLA's newer emitters of
+    # fusions take twice as long as its older ones.
+    _FLAGS += " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+gc.set_threshold(200_000)  # collecting cycles is a quarter of tracing
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests and the processes that they start compile the same programs again and again.
