@@ -38,7 +38,7 @@ def free_address():
 @contextlib.contextmanager
 def started(*commands, devices=4):
     """The processes of command lines."""
-    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
+    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"]).strip()
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     running = [subprocess.Popen([sys.executable, *map(str, command)], env=environment, **pipes) for command in commands]

@@ -74,7 +74,7 @@ class Place:
     def __init__(self, folder):
         self.folder = folder
         self.durations = {}  # stage: seconds (in all, until it first writes)
-        flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
+        flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", "")).strip()
         # A cache that is complete when the first kill comes, so that all runs execute the same programs.
         cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         self.environment = {**os.environ, **cache, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
