@@ -8,6 +8,7 @@ Every refusal is a `UserError` that names the field, the value and what is allow
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -356,7 +357,8 @@ def _coerce(kind: Any, value: object, path: str) -> Any:
     elif origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_coerce(args[0], item, path) for item in value)
     elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        with contextlib.suppress(OverflowError):  # whole numbers have no largest
+            return float(value)
     elif kind in (int, str, bool) and type(value) is kind:
         return value
     raise UserError(f"{path:.80}={value!r:.80} is not allowed: it must be {_describe(kind)}")

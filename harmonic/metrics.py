@@ -161,7 +161,7 @@ def _lines(path: Path) -> list[bytes]:
 
 
 def _step(line: bytes) -> float:
-    with contextlib.suppress(ValueError, KeyError, TypeError):
+    with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):
         return float(json.loads(line)["step"] if line.endswith(b"\n") else "inf")
     return float("inf")  # a line that a kill cut short
 

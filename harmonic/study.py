@@ -6,6 +6,7 @@ since runs of one seed see the same windows in the same order.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -85,8 +86,10 @@ def number(mapping: Any, path: str) -> float | None:
     """A finite number at a dotted path of nested objects, or None."""
     for key in path.split("."):
         mapping = mapping.get(key) if isinstance(mapping, dict) else None
-    ok = isinstance(mapping, int | float) and not isinstance(mapping, bool) and math.isfinite(mapping)
-    return float(mapping) if ok else None
+    if isinstance(mapping, int | float) and not isinstance(mapping, bool):
+        with contextlib.suppress(OverflowError):  # whole numbers have no largest
+            return float(mapping) if math.isfinite(mapping) else None
+    return None
 
 
 def _stat(values: list[float | None]) -> Stat | None:

@@ -273,24 +273,33 @@ FIELDS = [
     for section, values in dataclasses.asdict(Config()).items()
     for name in (values if isinstance(values, dict) else ("",))
 ]
-LITERALS = (
-    st.sampled_from(("1e999", "-1", "9" * 400, "9" * 5_000, "(" * 500, "()", "[1,[2]]", "{}", "nan", "1_0", "0x10"))
-    | st.sampled_from(("\0", "'", "\n"))
-    | JSON.map(repr)
-    | st.text(max_size=20)
-)  # fmt: skip
+BAD_LITERALS = (
+    *("1e999", "-1", "9" * 400, "9" * 5_000, "(" * 500, "()", "[1,[2]]", "{}", "nan", "1_0", "0x10"),
+    *("\0", "'", "\n"),
+)
+LITERALS = st.sampled_from(BAD_LITERALS) | JSON.map(repr) | st.text(max_size=20)
+
+
+def overridden(assignment):
+    try:
+        changed = config.override(Config(), [assignment])
+    except UserError as error:
+        one_line_of(error)
+    else:
+        assert config.from_dict(json.loads(changed.to_json())) == changed
 
 
 @fuzz(1_500)
 @given(st.sampled_from(FIELDS) | TEXT, LITERALS, st.booleans())
 def test_overrides(case, field, value, sane):
     case()
-    try:
-        changed = config.override(Config(), [f"{field}={value}" if sane else f"{value}{field}"])
-    except UserError as error:
-        one_line_of(error)
-    else:
-        assert config.from_dict(json.loads(changed.to_json())) == changed
+    overridden(f"{field}={value}" if sane else f"{value}{field}")
+
+
+def test_every_field_with_every_bad_literal():
+    for field in FIELDS:
+        for value in (*BAD_LITERALS, f"-{'9' * 400}", f"1,{'9' * 400}"):
+            overridden(f"{field}={value}")
 
 
 @fuzz(300)

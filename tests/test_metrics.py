@@ -174,3 +174,17 @@ def test_only_the_first_process_writes(tmp_path):
     writer.write_sounds(1, np.zeros((1, 100), np.float32), 16_000)
     writer.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_lines_that_are_none_are_left_out(tmp_path):
+    lines = [
+        '{"step": 1}\n',
+        f'{{"step": {10**400}}}\n',
+        '{"step": "x"}\n',
+        "[]\n",
+        "\n",
+        '{"step": 2}\n',
+        '{"step": 3}',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]

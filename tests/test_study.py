@@ -18,7 +18,7 @@ from harmonic.config import Config, config_names, load_config
 from harmonic.describe import count
 from harmonic.errors import UserError
 from harmonic.models import HarmonicRNN
-from harmonic.study import csv_text, findings, markdown, rows, tables, write_study
+from harmonic.study import csv_text, findings, markdown, number, rows, tables, write_study
 
 HOSTILE = "<script>alert('x')</script>|\"&amp; </style>"
 
@@ -258,3 +258,8 @@ def test_a_browser_shows_the_study(finished, chromium: Browser, tmp_path, width,
     assert seen["durations"] == pytest.approx([0.25] * 8, abs=0.01) and len(seen["pictures"]) == 8
     assert seen["overflow"] == 0 and seen["wide"] == []
     assert chromium.problems == []
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), float("nan"), float("inf"), True, "1", None, [1]], ids=range(8))
+def test_what_is_not_a_finite_number_is_none(value):
+    assert number({"a": {"b": value}}, "a.b") is None and number({"a": {"b": 2}}, "a.b") == 2.0
