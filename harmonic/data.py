@@ -104,8 +104,9 @@ class Split:
                         f"{offset}"
                     )
         except (RecordError, RuntimeError, ValueError, IndexError, OSError) as error:
+            shown = recording.id if recording.id.isprintable() else repr(recording.id)
             raise UserError(
-                f"{self._shard_of(index).file} in {self.folder} is damaged at recording {recording.id}, sample "
+                f"{self._shard_of(index).file} in {self.folder} is damaged at recording {shown:.200}, sample "
                 f"{offset} ({' '.join(str(error).split())[:200]}); prepare the data set again"
             ) from error
         return tokens

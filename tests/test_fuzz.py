@@ -189,19 +189,34 @@ def test_manifest(case, laid_out, draw):
     assert sorted(os.listdir(folder)) == before
 
 
+def index_rows():
+    folder, manifest = small_dataset()
+    with open(os.path.join(folder.name, manifest.splits["train"].shards[0].index_file), "rb") as file:
+        return [json.loads(line) for line in file]
+
+
+def index_of(rows):
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
 @fuzz(900)
 @given(st.data())
 def test_index_that_the_manifest_vouches_for(case, laid_out, draw):
     """The worst an index can be: changed, and the manifest sealed again to match it."""
     case()
-    folder, manifest = small_dataset()
+    rows = index_rows()
+    vouched_for(laid_out, draw.draw(damaged(index_of(rows)) | changed_json(rows).map(index_of)))
+
+
+@pytest.mark.parametrize("name", ["a" * 5_000, "a\nb", "\ud800", ""], ids=["long", "newline", "surrogate", "empty"])
+def test_index_with_a_name_that_is_not_the_records(laid_out, name):
+    first, *others = index_rows()
+    vouched_for(laid_out, index_of([{**first, "id": name}, *others]))
+
+
+def vouched_for(laid_out, changed):
+    _, manifest = small_dataset()
     (shard,) = manifest.splits["train"].shards
-    with open(os.path.join(folder.name, shard.index_file), "rb") as file:
-        lines = file.read()
-    rows = [json.loads(line) for line in lines.splitlines()]
-    changed = draw.draw(
-        damaged(lines) | changed_json(rows).map(lambda rows: b"".join(json.dumps(r).encode() + b"\n" for r in rows))
-    )
     vouched = dataclasses.replace(shard, index_bytes=len(changed), index_sha256=hashlib.sha256(changed).hexdigest())
     splits = manifest.splits | {"train": dataclasses.replace(manifest.splits["train"], shards=(vouched,))}
     text = dataclasses.replace(manifest, splits=splits).to_json().encode()
