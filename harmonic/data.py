@@ -22,7 +22,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from harmonic.config import Config
-from harmonic.errors import UserError
+from harmonic.errors import UserError, one_line
 from harmonic.records import (
     Manifest,
     RecordError,
@@ -104,10 +104,9 @@ class Split:
                         f"{offset}"
                     )
         except (RecordError, RuntimeError, ValueError, IndexError, OSError) as error:
-            shown = recording.id if recording.id.isprintable() else repr(recording.id)
             raise UserError(
-                f"{self._shard_of(index).file} in {self.folder} is damaged at recording {shown:.200}, sample "
-                f"{offset} ({' '.join(str(error).split())[:200]}); prepare the data set again"
+                f"{self._shard_of(index).file} in {self.folder} is damaged at recording {one_line(recording.id)}, "
+                f"sample {offset} ({one_line(error)}); prepare the data set again"
             ) from error
         return tokens
 

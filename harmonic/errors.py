@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read."""
+"""The one exception that a user is meant to read, and text fit for its one line."""
 
 
 class UserError(Exception):
@@ -7,3 +7,10 @@ class UserError(Exception):
     The message is one line that names the thing and the way out. Mains print it without a stack trace and leave with
     exit status 2; any other exception is a fault of the program.
     """
+
+
+def one_line(value: object) -> str:
+    """The text of an error or a name, on one line that a terminal can take, and not too long."""
+    text = " ".join(str(value).split())
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= 200 else text[:197] + "..."

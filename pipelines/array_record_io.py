@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
-from harmonic.errors import UserError
+from harmonic.errors import UserError, one_line
 from harmonic.records import (
     MANIFEST_NAME,
     Manifest,
@@ -51,13 +51,6 @@ class WrittenShard:
     shard: Shard
     staged: tuple[str, str]
     skipped: tuple[Skipped, ...]
-
-
-def one_line(value: object) -> str:
-    """The text of an error or a name, on one line that a terminal can take, and not too long."""
-    text = " ".join(str(value).split())
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 @contextlib.contextmanager

@@ -8,9 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TextIO
 
-from harmonic.errors import UserError
+from harmonic.errors import UserError, one_line
 from harmonic.records import Manifest
-from pipelines.array_record_io import one_line
 
 _PLAIN_SECONDS, _TERMINAL_SECONDS = 5.0, 0.5  # between lines of progress
 

@@ -22,9 +22,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
-from harmonic.errors import UserError
+from harmonic.errors import UserError, one_line
 from harmonic.records import SPLITS
-from pipelines.array_record_io import one_line
 from pipelines.hub import HubFile, no_leave
 from pipelines.remote import RangeReader, Refused, Transient
 from pipelines.sources import Source, SourceRecording, is_audio, natural_key, split_by_hash

@@ -26,9 +26,9 @@ from typing import Any
 import soundfile
 
 from harmonic import audio
-from harmonic.errors import UserError
+from harmonic.errors import UserError, one_line
 from harmonic.records import MANIFEST_NAME, SPLITS, Manifest, count_windows
-from pipelines.array_record_io import is_local, one_line, output_errors, read_manifest
+from pipelines.array_record_io import is_local, output_errors, read_manifest
 from pipelines.console import Parser, ProgressLine, clock, columns, guarded, manifest_lines, skipped_lines
 from pipelines.stored import Located, pieces, recordings
 from pipelines.survey import QUANTILES, Survey, plot, survey

@@ -24,8 +24,7 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, TypeVar
 
-from harmonic.errors import UserError
-from pipelines.array_record_io import one_line
+from harmonic.errors import UserError, one_line
 
 CONNECT_SECONDS, READ_SECONDS = 10, 60  # before a silent server counts as gone
 TRIES = 8  # without a single new byte

@@ -9,8 +9,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
-from harmonic.errors import UserError
-from pipelines.array_record_io import import_beam, is_local, one_line
+from harmonic.errors import UserError, one_line
+from pipelines.array_record_io import import_beam, is_local
 from pipelines.workers import LocalWorkers
 
 DEFAULT_RUNNER = "FnApiRunner"

@@ -22,10 +22,9 @@ from typing import Any, BinaryIO
 import soundfile
 
 from harmonic.audio import SAMPLE_RATE
-from harmonic.errors import UserError
+from harmonic.errors import UserError, one_line
 from harmonic.records import SPLITS
 from pipelines import synth
-from pipelines.array_record_io import one_line
 from pipelines.hub import download, locate
 from pipelines.remote import CloudFile, HttpFile, Refused, RemoteFile, cloud_errors, file_system, shown
 from pipelines.runners import DEFAULT_RUNNER, is_elsewhere

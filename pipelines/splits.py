@@ -9,9 +9,8 @@ import math
 import os
 from collections.abc import Sequence
 
-from harmonic.errors import UserError
+from harmonic.errors import UserError, one_line
 from harmonic.records import SPLITS
-from pipelines.array_record_io import one_line
 from pipelines.sources import SourceRecording, split_by_hash
 
 DEFAULT_SHARES = (0.88, 0.06, 0.06)

@@ -17,8 +17,8 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
 
-from harmonic.errors import UserError
-from pipelines.array_record_io import one_line, scratch_errors
+from harmonic.errors import UserError, one_line
+from pipelines.array_record_io import scratch_errors
 from pipelines.remote import CloudFile, RangeReader, Refused, RemoteFile, cloud_errors, cloud_tag, file_system, shown
 
 SPOOL_BYTES = 8 << 20  # what is larger goes to a temporary file

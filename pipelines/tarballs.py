@@ -22,8 +22,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, cast
 
-from harmonic.errors import UserError
-from pipelines.array_record_io import one_line, scratch_errors
+from harmonic.errors import UserError, one_line
+from pipelines.array_record_io import scratch_errors
 from pipelines.remote import RemoteFile
 from pipelines.stores import Store, Unreadable, check_ratio, hidden, is_still, locked, spooled
 

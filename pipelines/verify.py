@@ -8,9 +8,9 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 
-from harmonic.errors import UserError
+from harmonic.errors import UserError, one_line
 from harmonic.records import Manifest, Record, RecordError, Recording, Shard, count_windows, read_index
-from pipelines.array_record_io import list_files, one_line
+from pipelines.array_record_io import list_files
 from pipelines.stored import fetched, open_shard, read_record
 
 _OURS = re.compile(r".*\.array_record|.*\.recordings\.jsonl|_partial-.*|manifest\.json\.partial")

@@ -24,10 +24,10 @@ import soundfile
 import soxr
 
 from harmonic.audio import SAMPLE_RATE, encode, token_dtype
-from harmonic.errors import UserError
+from harmonic.errors import UserError, one_line
 from harmonic.records import MAX_CHANNELS
 from pipelines import levels
-from pipelines.array_record_io import one_line, scratch_errors
+from pipelines.array_record_io import scratch_errors
 from pipelines.stores import MAX_RATIO, RATIO_SLACK, SPOOL_BYTES, Unreadable
 
 MIN_RATE, MAX_RATE = 1_000, 768_000  # Hz
