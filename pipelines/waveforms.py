@@ -23,10 +23,10 @@ import numpy as np
 import soundfile
 import soxr
 
+from harmonic import loudness as levels
 from harmonic.audio import SAMPLE_RATE, encode, token_dtype
 from harmonic.errors import UserError, one_line
 from harmonic.records import MAX_CHANNELS
-from pipelines import levels
 from pipelines.array_record_io import scratch_errors
 from pipelines.stores import MAX_RATIO, RATIO_SLACK, SPOOL_BYTES, Unreadable
 

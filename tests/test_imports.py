@@ -12,12 +12,15 @@ PACKAGES = ("configs", "harmonic", "pipelines", "workflows")
 ALLOWED = {
     "harmonic": {"harmonic"},
     "configs": {"configs", "harmonic.config", "harmonic.errors"},
-    "pipelines": {"pipelines", "harmonic.audio", "harmonic.records", "harmonic.errors", "harmonic.locks"},
+    "pipelines": {
+        "pipelines",
+        *(f"harmonic.{name}" for name in ("audio", "errors", "files", "locks", "loudness", "records")),
+    },
     "workflows": {"workflows", "pipelines", "configs", "harmonic"},
 }
 # Within the library: who stands below whom. A part imports only what stands before it.
-ORDER = """errors files locks audio spectrogram records config processes mesh kernels models data metrics checkpoint
-    program describe evaluate generate hub pretrained model_card export step train perceptual nearest report_page
+ORDER = """errors files locks audio loudness spectrogram records config processes mesh kernels models data metrics
+    checkpoint program describe evaluate generate hub pretrained model_card export step train perceptual nearest report_page
     report_plots report_parts report_findings report study_page study""".split()
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 MAINS = [p for p in FILES if "__main__" in p.read_text()]

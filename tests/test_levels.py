@@ -5,7 +5,7 @@ import numpy as np
 import pyloudnorm
 import pytest
 
-from pipelines import levels
+from harmonic import loudness as levels
 
 
 def blocks(waveform, size=levels.BLOCK):

@@ -11,7 +11,7 @@ import reference_model
 from harmonic.config import ModelConfig
 from harmonic.generate import generate, prefill
 from harmonic.models import Dropout, HarmonicRNN
-from harmonic.models.layers import dropout
+from harmonic.models.harmonic_rnn.layers import dropout
 
 SMALL = {"width": 8, "state_width": 16, "gate_blocks": 4}
 CONFIGS = {

@@ -31,7 +31,8 @@ from prepared import (
 from test_sources import Hub, hub_environment
 
 from harmonic import audio, records
-from pipelines import build, levels, prepare
+from harmonic import loudness as levels
+from pipelines import build, prepare
 from pipelines.build import PrepareSpec
 
 

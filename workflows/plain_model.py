@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from harmonic.errors import UserError
 from harmonic.models import Dropout, HarmonicRNN, State
-from harmonic.models.layers import dropout
+from harmonic.models.harmonic_rnn.layers import dropout
 
 RECURRENCES = ("associative", "scan")
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from harmonic.config import ModelConfig
-from harmonic.models.harmonic_rnn import State
+from harmonic.models.harmonic_rnn.model import State
 
 
 def plain_step(config: ModelConfig, params: dict[str, Any], state: State) -> tuple[jax.Array, State]:

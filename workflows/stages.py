@@ -27,9 +27,9 @@ from harmonic.data import Dataset, Split
 from harmonic.errors import UserError
 from harmonic.evaluate import Likelihood, baselines, evaluate_split
 from harmonic.generate import generate
+from harmonic.loudness import gain
 from harmonic.metrics import Progress
 from harmonic.records import Manifest, load_manifest
-from pipelines.levels import gain
 
 
 def read_json(path: Path) -> Any:

@@ -24,8 +24,8 @@ from harmonic.config import ModelConfig
 from harmonic.kernels import Pair, native_step
 from harmonic.kernels.context_parallel import left_halo
 from harmonic.kernels.dense import platform
-from harmonic.models import layers
-from harmonic.models.layers import Dropout
+from harmonic.models.harmonic_rnn import layers
+from harmonic.models.harmonic_rnn.layers import Dropout
 
 Params = dict[str, Any]
 Inputs = dict[str, jax.Array]
