@@ -23,8 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from harmonic.errors import UserError
-from harmonic.kernels import team
-from harmonic.kernels.dense import platform
+from harmonic.kernels.target import platform
 from harmonic.models import HarmonicRNN, State
 
 _PREFILL = 16_000  # samples of a prompt that are run through the parallel forward at a time
@@ -155,12 +154,12 @@ def generate(
     keys = [jax.vmap(functools.partial(jax.random.fold_in, key))(first_stream + rows) for rows in parts]
     weights = _unstack_function(model)(params)
     # A core without streams of its own helps another.
-    helped = len(parts) < cores and model.has_native_step(weights.head.kernel.dtype)
+    helper = model.block_step(weights.head.kernel.dtype).helper if len(parts) < cores else contextlib.nullcontext
     run = _chunk_function(model, min(chunk, length), float(temperature), float(top_p), platform())
     for first in range(0, length, chunk):
         steps = min(chunk, length - first)
         on = functools.partial(run, weights, first=np.int32(first), steps=np.int32(steps))
-        with ThreadPoolExecutor(len(parts)) as pool, team.helper() if helped else contextlib.nullcontext():
+        with ThreadPoolExecutor(len(parts)) as pool, helper():
             made = jax.block_until_ready(list(pool.map(on, states, keys)))
         states, tokens, nats = ([part[i] for part in made] for i in range(3))
         yield Chunk(np.concatenate(tokens, axis=1)[:steps].swapaxes(0, 1), np.concatenate(nats))

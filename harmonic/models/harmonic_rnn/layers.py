@@ -6,17 +6,16 @@ Shapes: [batch, time, width]. Every initial value follows the paper (arXiv 2510.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from harmonic.config import ModelConfig
-from harmonic.kernels import Pair, cg_lru, gated_gelu, native_step
-from harmonic.kernels.dense import EPSILON, channelwise, dense, normalise, product
-from harmonic.kernels.gates import recurrence
-from harmonic.kernels.reference import add, multiply
+from harmonic.kernels import Pair, cg_lru, gated_gelu
+from harmonic.kernels.dense import channelwise, dense, normalise, product
+from harmonic.kernels.plain_step import BlockWeights, Dense
 
 _GATE_EXPONENT = 8.0
 
@@ -126,13 +125,6 @@ class MLPBlock(nnx.Module):
         self.last = nnx.Linear(inner, width, kernel_init=residual_initializer(residual_scale), rngs=rngs)
 
 
-class Dense(NamedTuple):
-    """kernel [inputs, outputs] and bias [outputs]."""
-
-    kernel: jax.Array
-    bias: jax.Array
-
-
 def _linear(layer: nnx.Linear) -> Dense:
     assert layer.bias is not None
     return Dense(layer.kernel.get_value(), layer.bias.get_value())
@@ -144,29 +136,6 @@ def _behind_norm(norm: nnx.LayerNorm, *layers: Dense) -> Dense:
     kernel = jnp.concatenate([layer.kernel for layer in layers], axis=1)
     bias = jnp.concatenate([layer.bias for layer in layers])
     return Dense(norm.scale.get_value()[:, None] * kernel, norm.bias.get_value() @ kernel + bias)
-
-
-class BlockWeights(NamedTuple):
-    """A block's parameters as they are multiplied: layers that read the same input lie side by side.
-
-    Attributes:
-      entry: LN(x) to [Re z | Im z | p_i | p_r | gate], the CG-LRU's input, the gates before their sigmoids, and the
-        temporal block's gate before its gelu.
-      decay, theta: [channels], 8 softplus(Lambda) and the angle.
-      read_re, read_im: the CG-LRU's output from Re h (with the bias) and from Im h; generation is slower with one.
-      last: the temporal block's W_last.
-      mlp: LN(x) to [up | gate].
-      mlp_last: the MLP block's W_last.
-    """
-
-    entry: Dense
-    decay: jax.Array
-    theta: jax.Array
-    read_re: Dense
-    read_im: jax.Array
-    last: Dense
-    mlp: Dense
-    mlp_last: Dense
 
 
 class Block(nnx.Module):
@@ -219,51 +188,6 @@ def run_block(
     up, gate = product(n, kernel[:, : 2 * width]), product(n, kernel[:, 2 * width :])
     branch = dense(gated_gelu(up, bias[: 2 * width], gate, bias[2 * width :]), *weights.mlp_last)
     return x + dropout(branch, rate, rng, 2 * number + 1, per_chunk), h_last
-
-
-def step_stack(stack: jax.Array | list[BlockWeights], x: jax.Array, h: Any) -> tuple[jax.Array, Any]:
-    """The blocks of a stack for one step, x [batch, width].
-
-    Args:
-      stack: packed for machine code (`native_step.pack`), or one by one.
-      h: complex [blocks, batch, channels], or one by one.
-
-    Returns:
-      (x, h), h as it came.
-    """
-    if isinstance(stack, list):
-        h = list(h)
-        for i, block in enumerate(stack):
-            x, h[i] = step_block(block, x, h[i])
-        return x, h
-    return native_step.run(stack, x, h)
-
-
-def step_block(weights: BlockWeights, x: jax.Array, h: Pair) -> tuple[jax.Array, Pair]:
-    """`run_block` for one step, without the axis of time: x [batch, width], h [batch, channels] -> (x, h)."""
-    channels = weights.theta.shape[0]
-    z_re, z_im, p_i, p_r, gate = _split(step_dense(step_normalise(x), weights.entry), (channels,) * 4)
-    a, driven = recurrence((z_re, z_im), (p_i, p_r), weights.decay, weights.theta)
-    h = add(multiply(a, h), driven)
-    y = step_dense(h[0], weights.read_re) + h[1] @ weights.read_im
-    x = x + step_dense(y * nnx.gelu(gate), weights.last)
-    up, gate = _split(step_dense(step_normalise(x), weights.mlp), (2 * x.shape[-1],))
-    return x + step_dense(up * nnx.gelu(gate), weights.mlp_last), h
-
-
-def step_dense(x: jax.Array, weights: Dense) -> jax.Array:
-    """[batch, inputs] -> [batch, outputs]."""
-    return x @ weights.kernel + weights.bias
-
-
-def step_normalise(x: jax.Array) -> jax.Array:
-    """`normalise` of x [batch, width]: of so few rows a sum is faster than a product with ones."""
-    centred = x - x.mean(-1, keepdims=True)
-    return centred * jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + EPSILON)
-
-
-def _split(y: jax.Array, sizes: tuple[int, ...]) -> list[jax.Array]:
-    return jnp.split(y, [sum(sizes[: i + 1]) for i in range(len(sizes))], axis=-1)
 
 
 class Pool(nnx.Module):

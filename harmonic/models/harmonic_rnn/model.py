@@ -21,9 +21,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from harmonic.config import ModelConfig
-from harmonic.kernels import Pair, native_step
+from harmonic.kernels import BlockStep, Pair, block_step
 from harmonic.kernels.context_parallel import left_halo
-from harmonic.kernels.dense import platform
+from harmonic.kernels.plain_step import step_dense, step_normalise
 from harmonic.models.harmonic_rnn import layers
 from harmonic.models.harmonic_rnn.layers import Dropout
 
@@ -39,7 +39,7 @@ class State(NamedTuple):
     Attributes:
       position: int32, samples since the last pooling boundary: 0 before and after a segment.
       last: [batch, channels] int32, the newest token.
-      hidden: complex [blocks, batch, state_width / 2]; unstacked, by stack, as `layers.step_stack` takes it.
+      hidden: complex [blocks, batch, state_width / 2]; unstacked, by stack, as `kernels.block_step` takes it.
       pending: for each pooling, [batch, f - 1, width]: outputs of the up-pool that are due at positions 0 .. f - 2.
       collected: for each pooling, [batch, f - 1, width]: inputs of the down-pool seen so far; zeros at a boundary.
     """
@@ -58,7 +58,7 @@ class Weights(NamedTuple):
       embedding: its parameters; unstacked, the table [num_levels, width] of what it gives for each token.
       head: the layer to logits, behind `normalise`.
       pools: by name, `down_pool_0`, ...
-      blocks: along a leading axis; unstacked, by stack, as `layers.step_stack` takes them.
+      blocks: along a leading axis; unstacked, by stack, as `kernels.block_step` takes them.
     """
 
     embedding: Any
@@ -166,10 +166,9 @@ class HarmonicRNN:
             blocks=jax.vmap(lambda block: self._block.bind(block).fuse())(params["blocks"]),
         )
 
-    def has_native_step(self, dtype: jnp.dtype) -> bool:
-        """Whether `step` runs machine code of ours on weights and states of this type."""
-        sizes = self.config.width, self.config.state_width // 2
-        return platform() == "cpu" and native_step.fits(*sizes, dtype)
+    def block_step(self, dtype: jnp.dtype) -> BlockStep:
+        """How `step` runs its blocks, whose weights and states are of this type."""
+        return block_step(self.config.width, self.config.state_width // 2, dtype)
 
     def unstack(self, params: Params | Weights) -> Weights:
         """Weights as `step` wants them inside a loop, so that the loop need not arrange them for every sample: blocks
@@ -177,14 +176,10 @@ class HarmonicRNN:
         weights = self.fuse(params)
         if isinstance(weights.blocks, dict):
             return weights
-        arrange = native_step.pack if self.has_native_step(weights.head.kernel.dtype) else self._one_by_one
-        blocks = {name: arrange(stack) for name, stack in self._cut(weights.blocks).items()}
+        pack = self.block_step(weights.head.kernel.dtype).pack
+        blocks = {name: pack(stack) for name, stack in self._cut(weights.blocks).items()}
         table = self._embed(weights, jnp.arange(self.num_levels)[:, None, None], None)[:, 0]
         return weights._replace(blocks=blocks, embedding=table)
-
-    @staticmethod
-    def _one_by_one(stack: Any) -> list[Any]:
-        return [jax.tree.map(lambda v, i=i: v[i], stack) for i in range(len(jax.tree.leaves(stack)[0]))]
 
     def init_state(self, batch: int, dtype: jnp.dtype = jnp.float32) -> State:
         """The state before a recording: no past, and the middle token (128 of 256) for the newest."""
@@ -308,7 +303,7 @@ class HarmonicRNN:
         factors, hidden = self.config.pool_factors, state.hidden
 
         def run(name: str, x: jax.Array, inside: _Inside) -> tuple[jax.Array, Any]:
-            return layers.step_stack(weights.blocks[name], x, inside.hidden[name])
+            return self.block_step(x.dtype).run(weights.blocks[name], x, inside.hidden[name])
 
         def descend(level: int, x: jax.Array, inside: _Inside) -> tuple[jax.Array, _Inside]:
             """The levels from `level` inwards, which see nothing of the ones around them."""
@@ -345,21 +340,18 @@ class HarmonicRNN:
         x = weights.embedding[state.last[:, 0]]
         x, inside = descend(0, x, _Inside(hidden, state.pending, state.collected))
         position = (state.position + 1) % self.multiple
-        logits = layers.step_dense(layers.step_normalise(x), weights.head)
+        logits = step_dense(step_normalise(x), weights.head)
         return logits[:, None, None], State(position, state.last, *inside)
 
     def unstack_state(self, state: State) -> State:
         """The state with `hidden` by stack: what `step` wants inside a loop, as it does unstacked weights."""
-        stacks = self._cut(state.hidden)
-        if not self.has_native_step(state.hidden[0].dtype):
-            stacks = {name: self._one_by_one(stack) for name, stack in stacks.items()}
-        return state._replace(hidden=stacks)
+        unstack = self.block_step(state.hidden[0].dtype).unstack
+        return state._replace(hidden={name: unstack(h) for name, h in self._cut(state.hidden).items()})
 
     def stack_state(self, state: State) -> State:
         """Undoes `unstack_state`."""
-        hidden = [state.hidden[name] for name in self._stacks]
-        if isinstance(hidden[0], list):
-            hidden = [jax.tree.map(lambda *blocks: jnp.stack(blocks), *stack) for stack in hidden]
+        stack = self.block_step(jax.tree.leaves(state.hidden)[0].dtype).stack
+        hidden = [stack(state.hidden[name]) for name in self._stacks]
         return state._replace(hidden=jax.tree.map(lambda *stacks: jnp.concatenate(stacks), *hidden))
 
     def observe(self, state: State, tokens: jax.Array) -> State:
