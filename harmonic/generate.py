@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from harmonic.errors import UserError
-from harmonic.kernels.dense import platform
+from harmonic.kernels.target import platform
 from harmonic.models.base import Model, State
 
 _PREFILL = 16_000  # samples of a prompt that are run through the parallel forward at a time

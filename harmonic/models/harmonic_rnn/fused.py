@@ -7,46 +7,15 @@ multiply by these. To rounding, both give what the layers' own `__call__` gives.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from harmonic.kernels import Pair, cg_lru, gated_gelu
 from harmonic.kernels.dense import channelwise, dense, normalise, product
+from harmonic.kernels.plain_step import BlockWeights, Dense
 from harmonic.models.dropout import Dropout, dropout
 from harmonic.models.harmonic_rnn import layers
-
-
-class Dense(NamedTuple):
-    """kernel [inputs, outputs] and bias [outputs]."""
-
-    kernel: jax.Array
-    bias: jax.Array
-
-
-class BlockWeights(NamedTuple):
-    """A block's parameters as they are multiplied: layers that read the same input are columns of one matrix.
-
-    Attributes:
-      entry: LN(x) to [Re z | Im z | p_i | p_r | gate], the CG-LRU's input, the gates before their sigmoids, and the
-        temporal block's gate before its gelu.
-      decay, theta: [channels], 8 softplus(Lambda) and the angle.
-      read_re, read_im: the CG-LRU's output from Re h (with the bias) and from Im h; generation is slower with one.
-      last: the temporal block's W_last.
-      mlp: LN(x) to [up | gate].
-      mlp_last: the MLP block's W_last.
-    """
-
-    entry: Dense
-    decay: jax.Array
-    theta: jax.Array
-    read_re: Dense
-    read_im: jax.Array
-    last: Dense
-    mlp: Dense
-    mlp_last: Dense
 
 
 def fuse_block(block: layers.Block) -> BlockWeights:

@@ -25,6 +25,7 @@ from harmonic import kernels
 from harmonic.kernels import Pair
 from harmonic.kernels.context_parallel import left_halo
 from harmonic.kernels.dense import dense, normalise
+from harmonic.kernels.plain_step import Dense, step_dense, step_normalise
 from harmonic.models import base
 from harmonic.models.base import Inputs, Params
 from harmonic.models.costs import Costs
@@ -63,8 +64,8 @@ class Weights(NamedTuple):
     """
 
     embedding: Any
-    head: fused.Dense
-    pools: dict[str, fused.Dense]
+    head: Dense
+    pools: dict[str, Dense]
     blocks: Any
 
 
@@ -299,7 +300,7 @@ class HarmonicRNN(base.Model):
         x = weights.embedding[state.last[:, 0]]
         x, inside = descend(0, x, _Inside(hidden, state.pending, state.collected))
         position = (state.position + 1) % self.multiple
-        logits = kernels.block_step.dense(kernels.block_step.normalise(x), weights.head)
+        logits = step_dense(step_normalise(x), weights.head)
         return logits[:, None, None], State(position, state.last, *inside)
 
     def observe(self, state: State, tokens: jax.Array) -> State:
