@@ -164,8 +164,8 @@ def test_the_container_s_requirements_are_the_project_s():
     text = (ROOT / "pipelines/dataflow/Dockerfile").read_text()
     copied = re.findall(r"^COPY (\S+)", text, re.MULTILINE)
     assert all((ROOT / path).exists() for path in copied) and "libsndfile1" in text
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    assert {package.split(".")[0] for package in packages} <= set(copied)
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
+    assert {package.removesuffix("*") for package in packages} <= set(copied)
 
 
 def closure(requirements):

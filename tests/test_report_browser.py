@@ -19,6 +19,7 @@ PLAY = """(async () => {
   await moves(players[5]);
   await players[0].play();
   await moves(players[0]);
+  for (let frame = 0; frame < 2; frame++) await new Promise(requestAnimationFrame);  // the playhead moves in frames
   return {
     times: [players[5].currentTime, players[0].currentTime],
     paused: players[5].paused,
