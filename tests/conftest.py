@@ -1,6 +1,7 @@
 """Eight CPU devices, programs that compile quickly, and the fixtures that several test files share.
 
-HARMONIC_OPTIMISED=1 compiles programs as a user's run does: the README's test command runs the tests marked `laws` so.
+HARMONIC_OPTIMISED=1 compiles programs as a user's run does; the README's test command sets it for the tests marked
+`laws`, which hold the models' laws, and kernels to their references.
 """
 
 import gc
@@ -93,6 +94,18 @@ def tiny_data(tmp_path_factory, make_dataset):
     """A prepared data set of twelve short recordings."""
     lengths = [900, 350, 700, 401, 90, 1_200, 640, 1_000, 777, 20, 333, 444]
     return make_dataset(tmp_path_factory.mktemp("tiny"), "tiny", lengths)
+
+
+@pytest.fixture(scope="session")
+def reference_run(tiny_data, tmp_path_factory):
+    """The folder of a run that was never interrupted; for reading."""
+    from tiny import config
+
+    from harmonic.train import train
+
+    workdir = tmp_path_factory.mktemp("run") / "reference"
+    assert train(config(), tiny_data, workdir).step == 6
+    return workdir
 
 
 @pytest.fixture(scope="module")

@@ -47,6 +47,7 @@ def wait_for(workdir, lines, running):
         time.sleep(0.02)
 
 
+@pytest.mark.laws
 @pytest.mark.parametrize("which", ["some", pytest.param("all", marks=pytest.mark.slow)])
 def test_processes_are_invisible(tiny_data, tmp_path, which):
     """Law 3: loss and gradient of two processes of four devices are those of one device."""

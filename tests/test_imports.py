@@ -85,7 +85,9 @@ def test_importing_loads_no_more_than_it_needs(module, absent):
 def test_tests_import_no_other_tests():
     """What several need is in conftest.py, or in a module that is no test."""
     for path in sorted((ROOT / "tests").glob("*.py")):
-        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))]
+        nodes = [
+            node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))
+        ]
         names = [getattr(node, "module", None) or alias.name for node in nodes for alias in node.names]
         assert not [name for name in names if name.split(".")[-1].startswith("test_")], path
 

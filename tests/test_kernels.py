@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from harmonic.kernels import chunked, gated_gelu, linear_scan
 from harmonic.kernels.cpu import llvm
 
+pytestmark = pytest.mark.laws
 TOLERANCE = {np.float32: 2e-5, np.float64: 1e-12}
 
 
