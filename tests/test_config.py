@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from harmonic.config import Config, ModelConfig, TrainConfig, config_names, from_dict, load_config, override
+from harmonic.config import Config, TrainConfig, config_names, from_dict, load_config, override
 from harmonic.errors import UserError
+from harmonic.models.harmonic_rnn.config import ModelConfig
 
 
 @pytest.mark.parametrize(

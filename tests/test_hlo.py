@@ -13,10 +13,11 @@ from tiny import config as tiny_config
 
 from harmonic import hlo
 from harmonic import mesh as meshes
-from harmonic.config import Config, MeshConfig, ModelConfig, override
+from harmonic.config import Config, MeshConfig, override
 from harmonic.describe import communication, sent
 from harmonic.mesh import make_mesh
-from harmonic.models import HarmonicRNN
+from harmonic.models import make
+from harmonic.models.harmonic_rnn.config import ModelConfig
 from harmonic.step import init_state, make_loss_and_grad, make_train_step
 
 
@@ -203,18 +204,19 @@ def shapes(config, mesh):
     def of(shape, dtype, spec):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.sharding(mesh, spec))
 
-    params = jax.eval_shape(HarmonicRNN(config.model).init, jax.random.key(0))
+    params = jax.eval_shape(make(config.model).init, jax.random.key(0))
     params = jax.tree.map(lambda v: of(v.shape, v.dtype, meshes.REPLICATED), params)
     (segments, length), batch = config.segments, config.train.global_batch_size
     tokens = of((segments, batch, length, 1), jnp.uint8, meshes.TOKENS)
     rows = of((batch,), jnp.int32, meshes.ROWS)
-    return params, tokens, rows, rows, of((2,), jnp.uint32, meshes.REPLICATED)
+    batch = {"tokens": tokens, "length": rows, "row": rows}
+    return params, batch, of((2,), jnp.uint32, meshes.REPLICATED)
 
 
 @functools.cache
 def compiled_gradient(config):
     mesh = make_mesh(config.mesh)
-    return jax.jit(make_loss_and_grad(HarmonicRNN(config.model), mesh)).lower(*shapes(config, mesh)).compile()
+    return jax.jit(make_loss_and_grad(make(config.model), mesh)).lower(*shapes(config, mesh)).compile()
 
 
 BATCH = 4
@@ -255,12 +257,12 @@ def test_law_4_what_a_shard_sends_does_not_depend_on_the_segments_length():
 def test_law_4_sees_what_the_partitioner_moves():
     """The same check on a model whose sequence is left to XLA's partitioner: it sends activations."""
     ours = tiny_config("model.pool_factors=3,")
-    model, mesh = HarmonicRNN(ours.model), make_mesh(MeshConfig(1, 8))
+    model, mesh = make(ours.model), make_mesh(MeshConfig(1, 8))
 
     def found(length):
-        params, tokens, *_ = shapes(override(ours, [f"data.window_length={length}"]), mesh)
-        function = jax.jit(lambda p, t: model.apply(p, {"tokens": t[0]}, model.init_state(4))[0])
-        return hlo.collectives(function.lower(params, tokens).compile())
+        params, batch, _ = shapes(override(ours, [f"data.window_length={length}"]), mesh)
+        function = jax.jit(lambda p, t: model.apply(model.prepare(p), {"tokens": t[0]}, model.init_state(4))[0])
+        return hlo.collectives(function.lower(params, batch["tokens"]).compile())
 
     short, long = found(384), found(3_072)
     assert counted(short) != counted(long)
@@ -286,7 +288,7 @@ def test_activations_fall_with_the_shards():
 def test_what_is_foretold_is_what_the_papers_model_sends():
     ours = paper(8, 5_120)
     foretold = communication(ours)
-    assert sent(compiled_gradient(ours), ours) == {k: foretold[k] for k in SUMS}
+    assert hlo.sent(compiled_gradient(ours), ours.segments[0]) == {k: foretold[k] for k in SUMS}
     assert sum(foretold["layer"].values()) * 36 == foretold["layers"]
 
 
@@ -305,12 +307,11 @@ def test_only_gradients_are_sent_where_sequences_are_whole(data):
 def test_a_whole_training_step_sends_no_more_than_its_gradient():
     """The optimiser stands on every device: what it does needs no exchange."""
     ours = small("mesh.data=2", "mesh.seq=4", "data.window_length=36")
-    model, mesh = HarmonicRNN(ours.model), make_mesh(ours.mesh)
-    _, tokens, rows, _, _ = shapes(ours, mesh)
+    model, mesh = make(ours.model), make_mesh(ours.mesh)
+    _, batch, _ = shapes(ours, mesh)
     replicated = meshes.sharding(mesh, meshes.REPLICATED)
     state = jax.eval_shape(lambda: init_state(ours, model))
     state = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=replicated), state)
-    batch = {"tokens": tokens, "length": rows, "row": rows}
     lowered = make_train_step(model, ours, mesh).lower(state, batch, jax.random.key(0), np.int32(0))
     foretold = communication(ours)
     assert sent(lowered.compile(), ours) == {k: foretold[k] for k in SUMS}
