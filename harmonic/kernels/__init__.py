@@ -26,12 +26,12 @@ import jax.numpy as jnp
 
 from harmonic.errors import UserError
 from harmonic.kernels import associative, chunked, gates, plain_step, reference
-from harmonic.kernels.cpu import llvm
+from harmonic.kernels.arithmetic import Pair
+from harmonic.kernels.cpu import ffi
 from harmonic.kernels.cpu import ops as cpu_ops
 from harmonic.kernels.cpu import step as cpu_step
 from harmonic.kernels.dense import add_bias
 from harmonic.kernels.plain_step import BlockWeights
-from harmonic.kernels.reference import Pair
 from harmonic.kernels.target import platform
 
 __all__ = ["IMPLEMENTATIONS", "BlockStep", "Pair", "block_step", "cg_lru", "gated_gelu", "linear_scan", "pick"]
@@ -145,15 +145,13 @@ def cg_lru(
     fit = u.shape[2:] == bias.shape == (4 * channels,) and theta.shape == decay.shape
     _check(fit, h0, shape, f"u, bias, decay, theta {u.shape}, {bias.shape}, {decay.shape}, {theta.shape}")
     kernel = KERNELS[pick(implementation, shape[1], axis)]
-    dtype = u.dtype
-    if not kernel.mixed:
-        u, bias, decay, theta = _cast((u, bias, decay, theta), h0[0].dtype)
-    module = kernel.load()
+    module, dtype, wide = kernel.load(), u.dtype, h0[0].dtype
     if hasattr(module, "cg_lru"):
-        h, h_last = module.cg_lru(u, bias, decay, theta, h0, axis)
+        args = (u, bias, decay, theta)
+        h, h_last = module.cg_lru(*(args if kernel.mixed else _cast(args, wide)), h0, axis)
     else:
-        z_re, z_im, p_i, p_r = jnp.split(add_bias(u, bias), 4, axis=-1)
-        a, x = gates.recurrence((z_re, z_im), (p_i, p_r), decay, theta)
+        z_re, z_im, p_i, p_r = _cast(jnp.split(add_bias(u, bias), 4, axis=-1), wide)
+        a, x = gates.recurrence((z_re, z_im), (p_i, p_r), *_cast((decay, theta), wide))
         pair, h_last = module.linear_scan(x, a, h0, axis)
         h = jnp.concatenate(pair, axis=-1)
     return h.astype(dtype), h_last
@@ -173,7 +171,7 @@ def gated_gelu(
     if hasattr(module, "gated_gelu"):
         wide = jnp.promote_types(x.dtype, jnp.float32)
         return module.gated_gelu(*_cast((x, x_bias, gate, gate_bias), wide)).astype(x.dtype)
-    return add_bias(x, x_bias) * jax.nn.gelu(add_bias(gate, gate_bias))
+    return add_bias(x, x_bias) * gates.gelu(add_bias(gate, gate_bias))
 
 
 class BlockStep(Protocol):
@@ -235,13 +233,13 @@ def pick(implementation: str, time: int | None = None, axis: str | None = None) 
     if implementation == "auto":
         if time == 1 and axis is None:
             return "associative"
-        return {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}.get(here, "native" if llvm.available() else "chunked")
+        return {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}.get(here, "native" if ffi.available() else "chunked")
     kernel = KERNELS[implementation]
     if axis is not None and not kernel.sharded:
         raise ValueError(f"the {implementation} scan does not take a sharded sequence; use auto")
-    if here not in kernel.platforms or (implementation == "native" and not llvm.available()):
+    if here not in kernel.platforms or (implementation == "native" and not ffi.available()):
         allowed = [name for name, row in KERNELS.items() if here in row.platforms]
-        allowed = [name for name in allowed if name != "native" or llvm.available()]
+        allowed = [name for name in allowed if name != "native" or ffi.available()]
         raise UserError(
             f"kernel implementation {implementation!r} does not run on this {here}: use auto or one of "
             f"{', '.join(allowed)}"

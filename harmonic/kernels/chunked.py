@@ -14,8 +14,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from harmonic.kernels.arithmetic import Pair, add, multiply, multiply_conjugate
 from harmonic.kernels.context_parallel import exchange_carries
-from harmonic.kernels.reference import Pair, add, multiply, multiply_conjugate
 
 _CHUNKS = 128  # chunks in flight, over the batch: enough rows for vector units and cores, few enough for the caches
 

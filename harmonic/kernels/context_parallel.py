@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from harmonic.kernels.reference import Pair, add, multiply, multiply_conjugate
+from harmonic.kernels.arithmetic import Pair, add, multiply, multiply_conjugate
 
 
 def broadcast_last(x: jax.Array, axis: str | None) -> jax.Array:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 
 from llvmlite import ir
 
-from harmonic.kernels.cpu import llvm
+from harmonic.kernels.cpu import ffi, llvm
 
 _INT32, _INT64, _POINTER = ir.IntType(32), ir.IntType(64), ir.PointerType()
 RUN = ir.FunctionType(ir.VoidType(), [_POINTER, _INT64, _INT64])  # (job, first part, end)
@@ -170,7 +170,7 @@ def _function(builder: ir.IRBuilder, job: ir.Value) -> ir.Value:
     return builder.inttoptr(address, ir.PointerType(RUN))
 
 
-@llvm.once
+@ffi.once
 def _serve() -> Callable[[int], None]:
     module = ir.Module("harmonic_serve")
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_POINTER]), "harmonic_serve")

@@ -34,14 +34,14 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from harmonic.kernels.arithmetic import Pair, add, multiply, multiply_conjugate
 from harmonic.kernels.context_parallel import exchange_carries
-from harmonic.kernels.dense import add_bias
-from harmonic.kernels.pallas.cg_lru import coefficients
-from harmonic.kernels.reference import Pair, add, multiply, multiply_conjugate
 
 Rows = tuple[jax.Array, ...]
-Coefficients = Callable[[Rows, Rows], tuple[Pair, Pair]]
-"""(the inputs' rows, the parameters) -> (a, x): elementwise, of the same shape."""
+Pull = Callable[[Pair, Pair], tuple[Rows, Rows]]
+"""(gradients of a and x) -> (gradients of the inputs' rows, of the parameters)."""
+Coefficients = Callable[[Rows, Rows], tuple[Pair, Pair, Pull]]
+"""(the inputs' rows, the parameters, each as a row) -> (a, x, the derivative): elementwise, of one shape."""
 
 _UNROLL = 4  # rows whose loads are in flight together
 
@@ -208,19 +208,19 @@ def _walk(
     return restored[: len(outputs)], restored[len(outputs) :]
 
 
-def identity(inputs: Rows, parameters: Rows) -> tuple[Pair, Pair]:
+def identity(inputs: Rows, parameters: Rows) -> tuple[Pair, Pair, Pull]:
     """The coefficients of a plain linear scan, whose inputs are (Re x, Im x, Re a, Im a)."""
     x_re, x_im, a_re, a_im = inputs
-    return (a_re, a_im), (x_re, x_im)
+    return (a_re, a_im), (x_re, x_im), lambda da, dx: ((*dx, *da), ())
 
 
 def _summarise(coefficients: Coefficients, row, previous, parameters, carry):
-    a, x = coefficients(row, parameters)
+    a, x, _ = coefficients(row, parameters)
     return (*multiply(a, carry[:2]), *add(multiply(a, carry[2:]), x)), ()
 
 
 def _write(coefficients: Coefficients, row, previous, parameters, h):
-    a, x = coefficients(row, parameters)
+    a, x, _ = coefficients(row, parameters)
     h = add(multiply(a, h), x)
     return h, h
 
@@ -229,14 +229,14 @@ def _write(coefficients: Coefficients, row, previous, parameters, h):
 
 
 def _summarise_backward(coefficients: Coefficients, row, previous, parameters, carry):
-    (a, _), dh = coefficients(row[:-2], parameters), row[-2:]
+    (a, _, _), dh = coefficients(row[:-2], parameters), row[-2:]
     return (*multiply_conjugate(a, carry[:2]), *multiply_conjugate(a, add(dh, carry[2:]))), ()
 
 
 def _write_backward(coefficients: Coefficients, row, before, parameters, carry):
-    (a, _), pull = jax.vjp(coefficients, row[:-2], parameters)
+    a, _, pull = coefficients(row[:-2], parameters)
     s = add(row[-2:], carry[:2])
-    inputs, shared = pull((multiply_conjugate(before, s), s))
+    inputs, shared = pull(multiply_conjugate(before, s), s)
     total = tuple(d + new for d, new in zip(carry[2:], shared, strict=True))
     return (*multiply_conjugate(a, s), *total), inputs
 
@@ -352,15 +352,6 @@ def _backward(coefficients: Coefficients, tile: Tile, axis: str | None, residual
 scan.defvjp(_forward, _backward)
 
 
-def linear_scan(tile: Tile, x: Pair, a: Pair, h0: Pair, axis: str | None) -> tuple[Pair, Pair]:
+def linear_scan(tile: Tile, x: Pair, a: Pair, h0: Pair, axis: str | None = None) -> tuple[Pair, Pair]:
     """`kernels.linear_scan` on the platform of `tile`."""
     return scan(identity, tile, axis, (*x, *a), (), h0)
-
-
-def cg_lru(
-    tile: Tile, u: jax.Array, bias: jax.Array, decay: jax.Array, theta: jax.Array, h0: Pair, axis: str | None
-) -> tuple[jax.Array, Pair]:
-    """`kernels.cg_lru` on the platform of `tile`."""
-    inputs = tuple(jnp.split(add_bias(u, bias), 4, axis=-1))
-    h, h_last = scan(coefficients, tile, axis, inputs, (decay, theta), h0)
-    return jnp.concatenate(h, axis=-1), h_last
