@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from harmonic import kernels
-from harmonic.kernels import linear_scan
+from harmonic.kernels import gates, linear_scan
+from harmonic.kernels.arithmetic import Gates
 from harmonic.kernels.pallas import cg_lru as pallas_cg_lru
 from harmonic.kernels.pallas import gpu, scan, tpu
 from harmonic.kernels.target import compiling_for
@@ -180,14 +181,15 @@ def test_kernels_lower_without_a_device(platform, shape, dtype):
     batch, _, channels = shape
     v = jax.ShapeDtypeStruct(shape, dtype)
     h, p = (jax.ShapeDtypeStruct(s, "float32") for s in ((batch, channels), (channels,)))
-    tile = gpu.tile if platform == "cuda" else tpu.tile
+    tile, target = (gpu.tile, "gpu") if platform == "cuda" else (tpu.tile, "tpu")
     for coefficients, parameters in ((scan.identity, ()), (pallas_cg_lru.coefficients, (p, p))):
 
         def run(inputs, parameters, h0, coefficients=coefficients):
             outputs, pull = jax.vjp(lambda *args: scan.scan(coefficients, tile, None, *args), inputs, parameters, h0)
             return outputs, pull(outputs)
 
-        lowered = jax.jit(run).trace((v, v, v, v), parameters, (h, h)).lower(lowering_platforms=(platform,))
+        with compiling_for(target):
+            lowered = jax.jit(run).trace((v, v, v, v), parameters, (h, h)).lower(lowering_platforms=(platform,))
         chunked = platform == "cuda" and tile(*shape).chunks > 1
         # One kernel forward and one backward; each in three where chunks are scanned side by side.
         assert lowered.as_text().count(f"@{CALLS[platform]}(") == (6 if chunked else 2)
@@ -225,13 +227,27 @@ def test_auto_is_the_fused_kernel_also_within_training(platform):
     assert f"@{CALLS[platform]}(" in lowered.as_text()
 
 
-def test_scale_is_exact_near_one_and_its_gradient_bounded(x64):
+@pytest.mark.parametrize("math", [gates.JaxMath(), pallas_cg_lru.RowMath()], ids=["JaxMath", "RowMath"])
+def test_scale_is_exact_near_one_and_its_gradient_bounded(x64, math):
+    """With z = 1, i = 1 / 2, r = 1 / 2 and theta = 0, Re x is half of sqrt(1 - |a|^2), and log|a| is -decay / 2."""
     exponents = np.concatenate([-np.logspace(-12, 1, 200), [0.0]])
     expected = np.sqrt(-np.expm1(2 * exponents))
+
+    def compute(exponents):
+        zero = jnp.zeros_like(exponents)
+        return Gates.compute(math, (zero + 1, zero), zero, zero, -2 * exponents, zero)
+
     for dtype, tolerance in (("float32", 1e-6), ("float64", 1e-14)):
-        actual = jax.jit(pallas_cg_lru.input_scale)(jnp.asarray(exponents, dtype))
+        actual = jax.jit(lambda v: 2 * compute(v).x[0])(jnp.asarray(exponents, dtype))
         np.testing.assert_allclose(actual, np.asarray(expected, dtype), rtol=tolerance)
-    slope = np.asarray(jax.jit(jax.vmap(jax.grad(pallas_cg_lru.input_scale)))(jnp.asarray(exponents)))
+
+    @jax.jit
+    def slope(exponents):
+        none = jnp.zeros_like(exponents)
+        *_, ddecay, _ = compute(exponents).gradients(math, (none, none), (none + 2, none))
+        return -2 * ddecay
+
+    slope = np.asarray(slope(jnp.asarray(exponents)))
     np.testing.assert_allclose(slope[-1], -400)  # of the square root at most 200, of its argument 2
     free = exponents < -1e-3
     np.testing.assert_allclose(slope[free], (-np.exp(2 * exponents) / np.maximum(expected, 1e-300))[free], rtol=1e-10)

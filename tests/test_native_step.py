@@ -12,11 +12,11 @@ import pytest
 from harmonic.config import ModelConfig
 from harmonic.generate import prefill
 from harmonic.kernels import plain_step
-from harmonic.kernels.cpu import helper_thread, llvm, step
+from harmonic.kernels.cpu import ffi, helper_thread, step
 from harmonic.kernels.plain_step import step_block
 from harmonic.models import HarmonicRNN
 
-pytestmark = pytest.mark.skipif(not llvm.available(), reason="this machine's XLA does not take this machine code")
+pytestmark = pytest.mark.skipif(not ffi.available(), reason="this machine's XLA does not take this machine code")
 CONFIG = ModelConfig(width=32, state_width=64, gate_blocks=8, pool_factors=(2, 3), blocks_per_level=2, pool_groups=32)
 
 
