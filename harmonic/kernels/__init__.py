@@ -17,6 +17,8 @@ imaginary parts side by side. README.md says how a kernel is called, tested, deb
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
@@ -43,12 +45,14 @@ class Kernel(NamedTuple):
     Attributes:
       load: gives a module with `linear_scan` and, where it has code for them, `cg_lru` and `gated_gelu`.
       platforms: where it runs.
+      obstacle: gives the reason why it does not run there all the same, or None.
       sharded: whether it takes a sequence that is sharded over a mesh axis.
       mixed: whether it takes inputs narrower than the state (bfloat16 beside float32); if not, the doors widen them.
     """
 
     load: Callable[[], Any]
     platforms: tuple[str, ...] = ("cpu", "gpu", "tpu")
+    obstacle: Callable[[], str | None] = lambda: None
     sharded: bool = True
     mixed: bool = False
 
@@ -69,7 +73,7 @@ KERNELS = {
     "reference": Kernel(lambda: reference, sharded=False),
     "associative": Kernel(lambda: associative, sharded=False),
     "chunked": Kernel(lambda: chunked),
-    "native": Kernel(lambda: cpu_ops, platforms=("cpu",)),
+    "native": Kernel(lambda: cpu_ops, platforms=("cpu",), obstacle=ffi.obstacle),
     # On CPU, Pallas' interpreter runs them, slowly.
     "pallas_gpu": Kernel(_pallas_gpu, platforms=("cpu", "gpu"), mixed=True),
     "pallas_tpu": Kernel(_pallas_tpu, platforms=("cpu", "tpu"), mixed=True),
@@ -227,24 +231,31 @@ def pick(implementation: str, time: int | None = None, axis: str | None = None) 
       ValueError: an unknown implementation, or one that does not take a sharded sequence.
       UserError: an implementation that does not run on this platform.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
     here = platform()
     if implementation == "auto":
         if time == 1 and axis is None:
             return "associative"
-        return {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}.get(here, "native" if ffi.available() else "chunked")
+        return {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}.get(here) or _for_cpu(KERNELS["native"].obstacle())
+    if implementation not in KERNELS:
+        raise ValueError(f"implementation must be one of {', '.join(('auto', *KERNELS))}, got {implementation!r}")
     kernel = KERNELS[implementation]
+    reason = kernel.obstacle() if here in kernel.platforms else f"it is for {', '.join(kernel.platforms)}"
+    if reason is not None:
+        others = [name for name, row in KERNELS.items() if here in row.platforms and row.obstacle() is None]
+        allowed = ", ".join(("auto", *others))
+        raise UserError(f"kernel {implementation!r} does not run on {here} here ({reason}): use one of {allowed}")
     if axis is not None and not kernel.sharded:
         raise ValueError(f"the {implementation} scan does not take a sharded sequence; use auto")
-    if here not in kernel.platforms or (implementation == "native" and not ffi.available()):
-        allowed = [name for name, row in KERNELS.items() if here in row.platforms]
-        allowed = [name for name in allowed if name != "native" or ffi.available()]
-        raise UserError(
-            f"kernel implementation {implementation!r} does not run on this {here}: use auto or one of "
-            f"{', '.join(allowed)}"
-        )
     return implementation
+
+
+@functools.cache
+def _for_cpu(obstacle: str | None) -> str:
+    """`native`; where there is an obstacle to machine code `chunked`, and one line that says so, once."""
+    if obstacle is None:
+        return "native"
+    logging.getLogger(__name__).warning("machine code is off, and kernels are several times slower: %s", obstacle)
+    return "chunked"
 
 
 def _check(fit: bool, h0: Pair, shape: tuple[int, ...], what: str) -> None:

@@ -1,7 +1,7 @@
-"""Dense layers, normalisation and channel-wise products whose derivatives hold no slow sums.
+"""Dense layers, normalisation and channel-wise products whose derivatives have no slow sums.
 
-Parameters may be wider than what they are applied to (float32 beside bfloat16): results have the type of x, and sums
-and the parameters' derivatives that of the parameters.
+Parameters may be wider than the arrays that they are applied to (float32 beside bfloat16): results have the type of x;
+sums and the parameters' derivatives have that of the parameters.
 
 On CPU, XLA's sums over rows or columns take up to ten times as long as a matrix product with ones. The derivatives are
 written out here so that every such sum is one product.
@@ -22,7 +22,7 @@ def column_sum(x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
     rows = x.reshape(-1, x.shape[-1])
     if platform() != "cpu":
         return rows.sum(0, dtype=dtype)
-    # Behind a barrier, or XLA sees through the ones and makes the slow sum of it again.
+    # The barrier hides the ones from XLA, which would turn the product into the slow sum again.
     ones = jax.lax.optimization_barrier(jnp.ones((1, rows.shape[0]), x.dtype))
     return jnp.matmul(ones, rows, preferred_element_type=dtype)[0]
 
@@ -71,7 +71,7 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def _product_backward(residuals, dy: jax.Array):
     x, kernel = residuals
     rows, drows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    # In this order, or the gradient, often the wider one, is transposed in memory for it.
+    # In this order: the other one transposes `drows`, often the wider of the two, in memory.
     dkernel = jnp.matmul(rows.T, drows, preferred_element_type=kernel.dtype)
     return (drows @ kernel.T.astype(x.dtype)).reshape(x.shape), dkernel
 
@@ -85,7 +85,7 @@ def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
     return x + bias.astype(x.dtype)
 
 
-# The bias stands for its type alone.
+# The bias is saved only for its dtype.
 add_bias.defvjp(lambda x, bias: (add_bias(x, bias), bias), lambda bias, dy: (dy, column_sum(dy, bias.dtype)))
 
 

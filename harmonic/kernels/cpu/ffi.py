@@ -100,7 +100,7 @@ def register(write: Callable[[Code], None], dtype: str, threads: int) -> str:
 
     Args:
       write: a function at the top of a module. It numbers the buffers through arguments and results; the first
-        argument is [batch, time, ..], the last one [.., channels]. It must touch nothing outside its job.
+        argument is [batch, time, ..], the last one [rows, channels]. It must touch nothing outside its job.
       dtype: of all buffers, float32 or float64.
       threads: that share the work on large arrays.
 

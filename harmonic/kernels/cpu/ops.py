@@ -244,7 +244,7 @@ def _each_row(code: Code, channel: Callable[[ir.Value, ir.Value], None]) -> None
 
 
 def _call(write: Callable[[Code], None], results: Sequence[tuple[int, ...]], *arguments: jax.Array) -> list[jax.Array]:
-    """Runs a kernel, which gives arrays of these shapes; the last argument is [.., channels]."""
+    """Runs a kernel, which gives arrays of these shapes; the last argument is [rows, channels]."""
     dtype = arguments[-1].dtype
     if any(v.dtype != dtype for v in arguments):  # machine code would take other bits for numbers of this type
         raise TypeError(f"{write.__name__} takes arrays of one type, got {[v.dtype.name for v in arguments]}")

@@ -1,8 +1,8 @@
 """The scan on GPU, through Triton: a thread a channel, chunks of time side by side.
 
-Triton rather than Mosaic GPU, which `pl.pallas_call` takes by default and warns about: there is no matrix product here
-and nothing to stage in shared memory, and Triton also knows GPUs older than Hopper. Programs are plain loops over
-global memory; blocks are windows, not copies, so that a chunk may be of any length.
+Triton, and not Mosaic GPU, the default of `pl.pallas_call`, which warns about it: there is no matrix product here and
+nothing to stage in shared memory, and Triton also supports GPUs older than Hopper. Programs are plain loops over global
+memory; blocks are windows, not copies, so that a chunk may have any length.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from harmonic.kernels.pallas import scan
 from harmonic.kernels.pallas.scan import Tiling
 from harmonic.kernels.target import platform
 
-# By arithmetic, not by measurement: 500 threads on each of some 130 processors, with the loads of four rows of four
-# arrays in flight each, are 30 KB a processor, about what bandwidth times latency asks for. A chunk much shorter than
-# `_SHORTEST` does not earn its step in the walk over the chunks.
+# Computed, not measured: 500 threads on each of some 130 processors, each with the loads of four rows of four arrays in
+# flight, are 30 KB a processor, about the product of bandwidth and latency. A chunk much shorter than `_SHORTEST` does
+# not pay for its step in the walk over the chunks.
 _THREADS = 2**16
 _SHORTEST = 64
 

@@ -1,7 +1,7 @@
 """The scan on TPU, through Mosaic: a tile of batch x channels a step, the state kept on chip from block to block.
 
-Time stands first, so that one step's rows and channels fill the (8, 128) registers and t indexes whole tiles. What
-comes in as [batch, time, channels] is transposed for that, which XLA may do where the arrays are made.
+Arrays are transposed to [time, batch, channels], so that one step's rows and channels fill the (8, 128) registers and t
+indexes whole tiles. XLA may fuse that transpose with the operation that makes the array.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from harmonic.kernels.pallas import scan
 from harmonic.kernels.pallas.scan import Tiling
 from harmonic.kernels.target import platform
 
-_STEPS = 64  # of the backward's twelve arrays, twice for copies under way: 6 MB of at least 16 on chip
+_STEPS = 64  # twelve arrays in the backward pass, in two copies (one in flight): 6 MB of at least 16 MB on chip
 
 
 class _TpuTiling(Tiling):
