@@ -32,7 +32,7 @@ from harmonic.kernels.arithmetic import Pair
 from harmonic.kernels.cpu import ffi
 from harmonic.kernels.cpu import ops as cpu_ops
 from harmonic.kernels.cpu import step as cpu_step
-from harmonic.kernels.dense import add_bias
+from harmonic.kernels.dense import add_bias, widen
 from harmonic.kernels.plain_step import BlockWeights
 from harmonic.kernels.target import platform
 
@@ -173,8 +173,8 @@ def gated_gelu(
     """
     module = KERNELS[pick(implementation)].load()
     if hasattr(module, "gated_gelu"):
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        return module.gated_gelu(*_cast((x, x_bias, gate, gate_bias), wide)).astype(x.dtype)
+        wide = widen(x)
+        return module.gated_gelu(wide, *_cast((x_bias, gate, gate_bias), wide.dtype)).astype(x.dtype)
     return add_bias(x, x_bias) * gates.gelu(add_bias(gate, gate_bias))
 
 

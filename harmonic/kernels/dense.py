@@ -17,6 +17,16 @@ from harmonic.kernels.target import platform
 EPSILON = 1e-6  # of the variance, as in Flax's LayerNorm
 
 
+def beside(v: jax.Array, x: jax.Array) -> jax.Array:
+    """v with leading axes of one, so that it has as many axes as x."""
+    return v.reshape((1,) * (x.ndim - v.ndim) + v.shape)
+
+
+def widen(x: jax.Array) -> jax.Array:
+    """x in float32 at least."""
+    return x if x.dtype.itemsize >= 4 else x.astype(jnp.float32)
+
+
 def column_sum(x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
     """Sum over all axes but the last, in `dtype` if given: [..., width] -> [width]."""
     rows = x.reshape(-1, x.shape[-1])
@@ -42,7 +52,7 @@ def normalise(x: jax.Array) -> jax.Array:
 
 
 def _normalise_forward(x: jax.Array):
-    wide = _wide(x)
+    wide = widen(x)
     centred = wide - row_mean(wide)
     inverse = jax.lax.rsqrt(row_mean(centred * centred) + EPSILON)
     y = (centred * inverse).astype(x.dtype)
@@ -51,12 +61,8 @@ def _normalise_forward(x: jax.Array):
 
 def _normalise_backward(residuals, dy: jax.Array):
     y, inverse = residuals
-    dtype, y, dy = dy.dtype, _wide(y), _wide(dy)
+    dtype, y, dy = dy.dtype, widen(y), widen(dy)
     return ((inverse * (dy - row_mean(dy) - y * row_mean(dy * y))).astype(dtype),)
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 normalise.defvjp(_normalise_forward, _normalise_backward)
@@ -82,7 +88,7 @@ product.defvjp(lambda x, kernel: (product(x, kernel), (x, kernel)), _product_bac
 @jax.custom_vjp
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
     """x + bias: x [batch, time, width], bias [width]."""
-    return x + bias.astype(x.dtype)
+    return x + beside(bias.astype(x.dtype), x)
 
 
 # The bias is saved only for its dtype.
@@ -101,7 +107,7 @@ def channelwise(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 def _channelwise_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array):
-    return x * kernel.astype(x.dtype) + bias.astype(x.dtype), (x, kernel)
+    return x * beside(kernel.astype(x.dtype), x) + beside(bias.astype(x.dtype), x), (x, kernel)
 
 
 def _channelwise_backward(residuals, dy: jax.Array):
@@ -110,7 +116,7 @@ def _channelwise_backward(residuals, dy: jax.Array):
     def summed(v: jax.Array) -> jax.Array:
         return column_sum(v.reshape(*v.shape[: v.ndim - kernel.ndim], -1), kernel.dtype).reshape(kernel.shape)
 
-    return dy * kernel.astype(x.dtype), summed(dy * x), summed(dy)
+    return dy * beside(kernel.astype(x.dtype), x), summed(dy * x), summed(dy)
 
 
 channelwise.defvjp(_channelwise_forward, _channelwise_backward)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from harmonic.kernels.arithmetic import Gates, Pair, gelu_share, sincos_polynomial
-from harmonic.kernels.dense import column_sum
+from harmonic.kernels.dense import beside, column_sum
 
 
 class JaxMath:
@@ -61,8 +61,7 @@ def recurrence(z: Pair, gates: Pair, decay: jax.Array, theta: jax.Array) -> tupl
 
 
 def _forward(z: Pair, gates: Pair, decay: jax.Array, theta: jax.Array) -> tuple[Any, Gates]:
-    decay, theta = (v.reshape((1,) * (z[0].ndim - 1) + v.shape) for v in (decay, theta))
-    computed = Gates.compute(_MATH, z, *gates, decay, theta)
+    computed = Gates.compute(_MATH, z, *gates, beside(decay, z[0]), beside(theta, z[0]))
     return (computed.a, computed.x), computed
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from harmonic.kernels.arithmetic import Pair, add, multiply
-from harmonic.kernels.dense import EPSILON
+from harmonic.kernels.dense import EPSILON, beside
 from harmonic.kernels.gates import gelu, recurrence
 
 
@@ -87,7 +87,7 @@ def step_block(weights: BlockWeights, x: jax.Array, h: Pair) -> tuple[jax.Array,
 
 def step_dense(x: jax.Array, weights: Dense) -> jax.Array:
     """[batch, inputs] -> [batch, outputs]."""
-    return x @ weights.kernel + weights.bias
+    return x @ weights.kernel + beside(weights.bias, x)
 
 
 def step_normalise(x: jax.Array) -> jax.Array:
