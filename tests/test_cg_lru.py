@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from harmonic import kernels
+from harmonic.errors import UserError
 from harmonic.kernels import gates, linear_scan
 from harmonic.kernels.arithmetic import Gates
 from harmonic.kernels.pallas import cg_lru as pallas_cg_lru
@@ -257,7 +258,7 @@ def test_shapes_that_do_not_fit_are_refused(rng):
     z, p, decay, theta, h0 = make_inputs(rng, 2, 8, 3)
     with pytest.raises(ValueError, match="do not fit"):
         cg_lru(z, p, decay[:2], theta, h0)
-    with pytest.raises(ValueError, match="implementation"):
+    with pytest.raises(UserError, match="implementation"):
         cg_lru(z, p, decay, theta, h0, implementation="fast")
-    with pytest.raises(ValueError, match="sharded"):
+    with pytest.raises(UserError, match="sharded"):
         cg_lru(z, p, decay, theta, h0, axis="seq", implementation="reference")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from harmonic.errors import UserError
 from harmonic.kernels import chunked, gated_gelu, linear_scan
 from harmonic.kernels.cpu import ffi
 
@@ -117,7 +118,7 @@ def test_shapes_that_do_not_fit_are_refused(rng):
     x, a, h0 = make_inputs(rng, 2, 8, 3, np.float32)
     with pytest.raises(ValueError, match="do not fit"):
         linear_scan(x, tuple(v[:, :4] for v in a), h0)
-    with pytest.raises(ValueError, match="implementation"):
+    with pytest.raises(UserError, match="implementation"):
         linear_scan(x, a, h0, implementation="fast")
 
 

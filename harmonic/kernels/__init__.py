@@ -97,8 +97,8 @@ def linear_scan(
       the whole sequence).
 
     Raises:
-      ValueError: shapes that do not fit, or an unknown implementation.
-      UserError: an implementation that does not run on this platform.
+      ValueError: shapes that do not fit.
+      UserError: as of `pick`.
     """
     shape = x[0].shape
     _check({v.shape for v in (*x, *a)} == {shape}, h0, shape, f"x, a {shape}, {a[0].shape}")
@@ -141,8 +141,8 @@ def cg_lru(
       derivative of the square root is held to at most 200: at |a| = 1 the true one is infinite.
 
     Raises:
-      ValueError: shapes that do not fit, or an unknown implementation.
-      UserError: an implementation that does not run on this platform.
+      ValueError: shapes that do not fit.
+      UserError: as of `pick`.
     """
     channels = decay.shape[0]
     shape = (*u.shape[:2], channels)
@@ -214,8 +214,7 @@ def block_step(width: int, channels: int, dtype: Any, *, implementation: str = "
         step (`plain_step`).
 
     Raises:
-      ValueError: an unknown implementation.
-      UserError: an implementation that does not run on this platform.
+      UserError: as of `pick`.
     """
     step = {"native": cpu_step}.get(pick(implementation))
     return step if step is not None and step.fits(width, channels, dtype) else plain_step
@@ -228,8 +227,8 @@ def pick(implementation: str, time: int | None = None, axis: str | None = None) 
       time, axis: of a scan: its length, and the mesh axis over which it is cut.
 
     Raises:
-      ValueError: an unknown implementation, or one that does not take a sharded sequence.
-      UserError: an implementation that does not run on this platform.
+      UserError: an implementation that is unknown, does not run on this platform, or does not take a sharded sequence.
+        The name may come from a config.
     """
     here = platform()
     if implementation == "auto":
@@ -237,15 +236,18 @@ def pick(implementation: str, time: int | None = None, axis: str | None = None) 
             return "associative"
         return {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}.get(here) or _for_cpu(KERNELS["native"].obstacle())
     if implementation not in KERNELS:
-        raise ValueError(f"implementation must be one of {', '.join(('auto', *KERNELS))}, got {implementation!r}")
+        names = ", ".join(("auto", *KERNELS))
+        raise UserError(f"there is no kernel implementation {implementation!r}: use one of {names}")
     kernel = KERNELS[implementation]
     reason = kernel.obstacle() if here in kernel.platforms else f"it is for {', '.join(kernel.platforms)}"
     if reason is not None:
-        others = [name for name, row in KERNELS.items() if here in row.platforms and row.obstacle() is None]
-        allowed = ", ".join(("auto", *others))
-        raise UserError(f"kernel {implementation!r} does not run on {here} here ({reason}): use one of {allowed}")
+        others = (name for name, row in KERNELS.items() if here in row.platforms and row.obstacle() is None)
+        names = ", ".join(("auto", *others))
+        raise UserError(
+            f"kernel implementation {implementation!r} does not run here, on {here} ({reason}): use {names}"
+        )
     if axis is not None and not kernel.sharded:
-        raise ValueError(f"the {implementation} scan does not take a sharded sequence; use auto")
+        raise UserError(f"kernel implementation {implementation!r} does not take a sharded sequence: use auto")
     return implementation
 
 
