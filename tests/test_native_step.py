@@ -11,29 +11,39 @@ import pytest
 
 from harmonic.generate import prefill
 from harmonic.kernels import plain_step
-from harmonic.kernels.cpu import helper_thread, llvm, step
-from harmonic.kernels.plain_step import step_block
+from harmonic.kernels.cpu import ffi, helper_thread, step
+from harmonic.kernels.plain_step import BlockWeights, Dense, step_block
 from harmonic.models import make
 from harmonic.models.harmonic_rnn.config import ModelConfig
 
 pytestmark = [
     pytest.mark.laws,
-    pytest.mark.skipif(not llvm.available(), reason="this machine's XLA does not take this machine code"),
+    pytest.mark.skipif(not ffi.available(), reason="this machine's XLA does not take this machine code"),
 ]
 CONFIG = ModelConfig(width=32, state_width=64, gate_blocks=8, pool_factors=(2, 3), blocks_per_level=2, pool_groups=32)
 
 
 def blocks_of(width, state_width, count=2):
-    """Blocks as `pack` takes them, biases and scales away from 0 and 1."""
-    config = ModelConfig(width=width, state_width=state_width, gate_blocks=8, pool_factors=(), pool_groups=width)
-    model = make(config)
-    params = jax.jit(model.init)(jax.random.key(0))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [
-        jnp.float32(v) + 0.1 * jax.random.normal(k, v.shape, jnp.float32) for k, v in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.map(lambda v: v[:count], jax.jit(model.prepare)(jax.tree.unflatten(tree, moved)).blocks)
+    """Weights of blocks, along a leading axis."""
+    rng = np.random.default_rng(1)
+    channels = state_width // 2
+
+    def normal(*shape, scale=1.0):
+        return jnp.asarray(scale * rng.standard_normal((count, *shape)), jnp.float32)
+
+    def dense(inputs, outputs):
+        return Dense(normal(inputs, outputs, scale=inputs**-0.5), normal(outputs, scale=0.1))
+
+    return BlockWeights(
+        entry=dense(width, 4 * channels + width),
+        decay=jnp.abs(normal(channels, scale=0.3)),
+        theta=normal(channels, scale=0.3),
+        read_re=dense(channels, width),
+        read_im=dense(channels, width).kernel,
+        last=dense(width, width),
+        mlp=dense(width, 4 * width),
+        mlp_last=dense(2 * width, width),
+    )
 
 
 def inputs(width, channels, batch, count=2):
@@ -99,21 +109,21 @@ def test_callers_at_once_share_one_helper():
 def test_training_is_generation():
     """Law 2, in float32: pooled levels at their own rates, from any position."""
     model = make(CONFIG)
-    params = jax.jit(model.init)(jax.random.key(0))
     sampler = model.sampler()
+    params = jax.jit(model.init)(jax.random.key(0))
     assert sampler.blocks(jnp.float32) is step and sampler.blocks(jnp.float64) is plain_step
     tokens = jax.random.randint(jax.random.key(3), (3, 24, 1), 0, 256)
     parallel, _ = model.apply(model.prepare(params), {"tokens": tokens}, model.init_state(3))
 
     @jax.jit
     def steps(params, state, tokens):
-        def body(state, token):
-            logits, state = model.step(weights, {}, state)
-            return model.observe(state, token), logits[:, 0]
+        def body(carry, token):
+            logits, carry = model.step(weights, {}, carry)
+            return model.observe(carry, token), logits[:, 0]
 
         weights = sampler.prepare(params)
-        state, logits = jax.lax.scan(body, sampler.enter(state), tokens.swapaxes(0, 1))
-        return logits.swapaxes(0, 1), sampler.leave(state)
+        carry, logits = jax.lax.scan(body, sampler.enter(state), tokens.swapaxes(0, 1))
+        return logits.swapaxes(0, 1), sampler.leave(carry)
 
     for t in (0, 1, 6, 9):
         state = prefill(model, params, tokens[:, :t], model.init_state(3)) if t else model.init_state(3)

@@ -17,6 +17,8 @@ imaginary parts side by side. README.md says how a kernel is called, tested, deb
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
@@ -26,12 +28,12 @@ import jax.numpy as jnp
 
 from harmonic.errors import UserError
 from harmonic.kernels import associative, chunked, gates, plain_step, reference
-from harmonic.kernels.cpu import llvm
+from harmonic.kernels.arithmetic import Pair
+from harmonic.kernels.cpu import ffi
 from harmonic.kernels.cpu import ops as cpu_ops
 from harmonic.kernels.cpu import step as cpu_step
-from harmonic.kernels.dense import add_bias
+from harmonic.kernels.dense import add_bias, widen
 from harmonic.kernels.plain_step import BlockWeights
-from harmonic.kernels.reference import Pair
 from harmonic.kernels.target import platform
 
 __all__ = ["IMPLEMENTATIONS", "BlockStep", "Pair", "block_step", "cg_lru", "gated_gelu", "linear_scan", "pick"]
@@ -43,12 +45,14 @@ class Kernel(NamedTuple):
     Attributes:
       load: gives a module with `linear_scan` and, where it has code for them, `cg_lru` and `gated_gelu`.
       platforms: where it runs.
+      obstacle: gives the reason why it does not run there all the same, or None.
       sharded: whether it takes a sequence that is sharded over a mesh axis.
       mixed: whether it takes inputs narrower than the state (bfloat16 beside float32); if not, the doors widen them.
     """
 
     load: Callable[[], Any]
     platforms: tuple[str, ...] = ("cpu", "gpu", "tpu")
+    obstacle: Callable[[], str | None] = lambda: None
     sharded: bool = True
     mixed: bool = False
 
@@ -69,7 +73,7 @@ KERNELS = {
     "reference": Kernel(lambda: reference, sharded=False),
     "associative": Kernel(lambda: associative, sharded=False),
     "chunked": Kernel(lambda: chunked),
-    "native": Kernel(lambda: cpu_ops, platforms=("cpu",)),
+    "native": Kernel(lambda: cpu_ops, platforms=("cpu",), obstacle=ffi.obstacle),
     # On CPU, Pallas' interpreter runs them, slowly.
     "pallas_gpu": Kernel(_pallas_gpu, platforms=("cpu", "gpu"), mixed=True),
     "pallas_tpu": Kernel(_pallas_tpu, platforms=("cpu", "tpu"), mixed=True),
@@ -93,8 +97,8 @@ def linear_scan(
       the whole sequence).
 
     Raises:
-      ValueError: shapes that do not fit, or an unknown implementation.
-      UserError: an implementation that does not run on this platform.
+      ValueError: shapes that do not fit.
+      UserError: as of `pick`.
     """
     shape = x[0].shape
     _check({v.shape for v in (*x, *a)} == {shape}, h0, shape, f"x, a {shape}, {a[0].shape}")
@@ -137,23 +141,21 @@ def cg_lru(
       derivative of the square root is held to at most 200: at |a| = 1 the true one is infinite.
 
     Raises:
-      ValueError: shapes that do not fit, or an unknown implementation.
-      UserError: an implementation that does not run on this platform.
+      ValueError: shapes that do not fit.
+      UserError: as of `pick`.
     """
     channels = decay.shape[0]
     shape = (*u.shape[:2], channels)
     fit = u.shape[2:] == bias.shape == (4 * channels,) and theta.shape == decay.shape
     _check(fit, h0, shape, f"u, bias, decay, theta {u.shape}, {bias.shape}, {decay.shape}, {theta.shape}")
     kernel = KERNELS[pick(implementation, shape[1], axis)]
-    dtype = u.dtype
-    if not kernel.mixed:
-        u, bias, decay, theta = _cast((u, bias, decay, theta), h0[0].dtype)
-    module = kernel.load()
+    module, dtype, wide = kernel.load(), u.dtype, h0[0].dtype
     if hasattr(module, "cg_lru"):
-        h, h_last = module.cg_lru(u, bias, decay, theta, h0, axis)
+        args = (u, bias, decay, theta)
+        h, h_last = module.cg_lru(*(args if kernel.mixed else _cast(args, wide)), h0, axis)
     else:
-        z_re, z_im, p_i, p_r = jnp.split(add_bias(u, bias), 4, axis=-1)
-        a, x = gates.recurrence((z_re, z_im), (p_i, p_r), decay, theta)
+        z_re, z_im, p_i, p_r = _cast(jnp.split(add_bias(u, bias), 4, axis=-1), wide)
+        a, x = gates.recurrence((z_re, z_im), (p_i, p_r), *_cast((decay, theta), wide))
         pair, h_last = module.linear_scan(x, a, h0, axis)
         h = jnp.concatenate(pair, axis=-1)
     return h.astype(dtype), h_last
@@ -171,9 +173,9 @@ def gated_gelu(
     """
     module = KERNELS[pick(implementation)].load()
     if hasattr(module, "gated_gelu"):
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        return module.gated_gelu(*_cast((x, x_bias, gate, gate_bias), wide)).astype(x.dtype)
-    return add_bias(x, x_bias) * jax.nn.gelu(add_bias(gate, gate_bias))
+        wide = widen(x)
+        return module.gated_gelu(wide, *_cast((x_bias, gate, gate_bias), wide.dtype)).astype(x.dtype)
+    return add_bias(x, x_bias) * gates.gelu(add_bias(gate, gate_bias))
 
 
 class BlockStep(Protocol):
@@ -212,8 +214,7 @@ def block_step(width: int, channels: int, dtype: Any, *, implementation: str = "
         step (`plain_step`).
 
     Raises:
-      ValueError: an unknown implementation.
-      UserError: an implementation that does not run on this platform.
+      UserError: as of `pick`.
     """
     step = {"native": cpu_step}.get(pick(implementation))
     return step if step is not None and step.fits(width, channels, dtype) else plain_step
@@ -226,27 +227,37 @@ def pick(implementation: str, time: int | None = None, axis: str | None = None) 
       time, axis: of a scan: its length, and the mesh axis over which it is cut.
 
     Raises:
-      ValueError: an unknown implementation, or one that does not take a sharded sequence.
-      UserError: an implementation that does not run on this platform.
+      UserError: an implementation that is unknown, does not run on this platform, or does not take a sharded sequence.
+        The name may come from a config.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
     here = platform()
     if implementation == "auto":
         if time == 1 and axis is None:
             return "associative"
-        return {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}.get(here, "native" if llvm.available() else "chunked")
+        return {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}.get(here) or _for_cpu(KERNELS["native"].obstacle())
+    if implementation not in KERNELS:
+        names = ", ".join(("auto", *KERNELS))
+        raise UserError(f"there is no kernel implementation {implementation!r}: use one of {names}")
     kernel = KERNELS[implementation]
-    if axis is not None and not kernel.sharded:
-        raise ValueError(f"the {implementation} scan does not take a sharded sequence; use auto")
-    if here not in kernel.platforms or (implementation == "native" and not llvm.available()):
-        allowed = [name for name, row in KERNELS.items() if here in row.platforms]
-        allowed = [name for name in allowed if name != "native" or llvm.available()]
+    reason = kernel.obstacle() if here in kernel.platforms else f"it is for {', '.join(kernel.platforms)}"
+    if reason is not None:
+        others = (name for name, row in KERNELS.items() if here in row.platforms and row.obstacle() is None)
+        names = ", ".join(("auto", *others))
         raise UserError(
-            f"kernel implementation {implementation!r} does not run on this {here}: use auto or one of "
-            f"{', '.join(allowed)}"
+            f"kernel implementation {implementation!r} does not run here, on {here} ({reason}): use {names}"
         )
+    if axis is not None and not kernel.sharded:
+        raise UserError(f"kernel implementation {implementation!r} does not take a sharded sequence: use auto")
     return implementation
+
+
+@functools.cache
+def _for_cpu(obstacle: str | None) -> str:
+    """`native`; where there is an obstacle to machine code `chunked`, and one line that says so, once."""
+    if obstacle is None:
+        return "native"
+    logging.getLogger(__name__).warning("machine code is off, and kernels are several times slower: %s", obstacle)
+    return "chunked"
 
 
 def _check(fit: bool, h0: Pair, shape: tuple[int, ...], what: str) -> None:

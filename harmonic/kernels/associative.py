@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from harmonic.kernels.reference import Pair, add, multiply
+from harmonic.kernels.arithmetic import Pair, add, multiply
 
 
 def linear_scan(x: Pair, a: Pair, h0: Pair, axis: None = None) -> tuple[Pair, Pair]:

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from harmonic.kernels.dense import EPSILON
-from harmonic.kernels.gates import recurrence
-from harmonic.kernels.reference import Pair, add, multiply
+from harmonic.kernels.arithmetic import Pair, add, multiply
+from harmonic.kernels.dense import EPSILON, beside
+from harmonic.kernels.gates import gelu, recurrence
 
 
 class Dense(NamedTuple):
@@ -80,14 +80,14 @@ def step_block(weights: BlockWeights, x: jax.Array, h: Pair) -> tuple[jax.Array,
     a, driven = recurrence((z_re, z_im), (p_i, p_r), weights.decay, weights.theta)
     h = add(multiply(a, h), driven)
     y = step_dense(h[0], weights.read_re) + h[1] @ weights.read_im
-    x = x + step_dense(y * jax.nn.gelu(gate), weights.last)
+    x = x + step_dense(y * gelu(gate), weights.last)
     up, gate = _split(step_dense(step_normalise(x), weights.mlp), (2 * x.shape[-1],))
-    return x + step_dense(up * jax.nn.gelu(gate), weights.mlp_last), h
+    return x + step_dense(up * gelu(gate), weights.mlp_last), h
 
 
 def step_dense(x: jax.Array, weights: Dense) -> jax.Array:
     """[batch, inputs] -> [batch, outputs]."""
-    return x @ weights.kernel + weights.bias
+    return x @ weights.kernel + beside(weights.bias, x)
 
 
 def step_normalise(x: jax.Array) -> jax.Array:

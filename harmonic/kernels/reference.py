@@ -2,39 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, Self, TypeVar
-
 import jax
 import jax.numpy as jnp
 
-Pair = tuple[jax.Array, jax.Array]
-"""A complex array as (real part, imaginary part): on CPU faster than complex64, and what Pallas takes."""
-
-
-class Number(Protocol):
-    """An array, or what stands for one while machine code is written (`machine.Value`)."""
-
-    def __add__(self, other: Any, /) -> Self: ...
-    def __sub__(self, other: Any, /) -> Self: ...
-    def __mul__(self, other: Any, /) -> Self: ...
-
-
-N = TypeVar("N", bound=Number)
-
-
-def multiply(a: tuple[N, N], b: tuple[N, N]) -> tuple[N, N]:
-    """a * b."""
-    return a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0]
-
-
-def multiply_conjugate(a: tuple[N, N], b: tuple[N, N]) -> tuple[N, N]:
-    """conj(a) * b."""
-    return a[0] * b[0] + a[1] * b[1], a[0] * b[1] - a[1] * b[0]
-
-
-def add(a: tuple[N, N], b: tuple[N, N]) -> tuple[N, N]:
-    """a + b."""
-    return a[0] + b[0], a[1] + b[1]
+from harmonic.kernels.arithmetic import Pair, add, multiply
 
 
 def linear_scan(x: Pair, a: Pair, h0: Pair, axis: None = None) -> tuple[Pair, Pair]:

@@ -1,55 +1,56 @@
-"""The gates of the CG-LRU as the Pallas kernels compute them, row by row: `gates.recurrence` in operations that Triton
-and Mosaic both lower, for `jax.vjp` to differentiate inside the kernel.
-"""
+"""The CG-LRU in the Pallas scan: its gates are computed row by row, in operations that Triton and Mosaic both lower."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
-from harmonic.kernels.reference import Pair
+from harmonic.kernels.arithmetic import Gates, Pair
+from harmonic.kernels.dense import add_bias
+from harmonic.kernels.gates import JaxMath
+from harmonic.kernels.pallas import scan
 
-_SQRT_GRADIENT = 200.0
+
+class RowMath(JaxMath):
+    """`arithmetic.Math` for rows inside a kernel."""
+
+    def expm1(self, y: jax.Array) -> jax.Array:
+        return jnp.tanh(0.5 * y) * (1 + jnp.exp(y))  # without cancellation; Mosaic has no expm1
+
+    def sincos(self, angle: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.sin(angle), jnp.cos(angle)
 
 
-def coefficients(inputs: tuple[jax.Array, ...], parameters: tuple[jax.Array, ...]) -> tuple[Pair, Pair]:
-    """a_t and x_t of h_t = a_t h_{t-1} + x_t (De et al. 2402.19427; Botev et al. 2404.07839, appendix A).
+_MATH = RowMath()
 
-    i = sigmoid(p_i), r = sigmoid(p_r); log|a| = -decay r, arg a = theta r; x = sqrt(1 - |a|^2) i z
+
+def coefficients(inputs: scan.Rows, parameters: scan.Rows) -> tuple[Pair, Pair, scan.Pull]:
+    """The gates for the scan (`arithmetic.Gates`).
 
     Args:
-      inputs: (Re z, Im z, p_i, p_r), of one shape.
-      parameters: (decay, theta), of that shape or the last axis of it; decay >= 0, theta in radians.
-
-    Returns:
-      (a, x), complex, of the inputs' shape.
+      inputs: rows of (Re z, Im z, p_i, p_r).
+      parameters: rows of (decay, theta).
     """
     z_re, z_im, p_i, p_r = inputs
-    decay, theta = parameters
-    gate = jax.nn.sigmoid(p_r)
-    log_magnitude, angle = -decay * gate, theta * gate
-    magnitude = jnp.exp(log_magnitude)
-    scale = input_scale(log_magnitude) * jax.nn.sigmoid(p_i)
-    return (magnitude * jnp.cos(angle), magnitude * jnp.sin(angle)), (scale * z_re, scale * z_im)
+    gates = Gates.compute(_MATH, (z_re, z_im), p_i, p_r, *parameters)
+
+    def pull(da: Pair, dx: Pair) -> tuple[scan.Rows, scan.Rows]:
+        gradients = gates.gradients(_MATH, da, dx)
+        return gradients[:4], gradients[4:]
+
+    return gates.a, gates.x, pull
 
 
-@jax.custom_jvp
-def input_scale(log_magnitude: jax.Array) -> jax.Array:
-    """sqrt(1 - |a|^2) from log|a| <= 0, with the square root's derivative held to at most 200.
-
-    At |a| = 1 the true one is infinite, and training meets NaNs.
-    """
-    return jnp.sqrt(_one_minus_square(log_magnitude))
-
-
-@input_scale.defjvp
-def _input_scale_jvp(primals, tangents):
-    (log_magnitude,), (tangent,) = primals, tangents
-    rest = _one_minus_square(log_magnitude)
-    bounded = jax.lax.rsqrt(jnp.maximum(4 * rest, 1 / _SQRT_GRADIENT**2))
-    return jnp.sqrt(rest), tangent * (-2 * jnp.exp(2 * log_magnitude)) * bounded
-
-
-def _one_minus_square(log_magnitude: jax.Array) -> jax.Array:
-    # This is -expm1(2 log|a|), without cancellation near |a| = 1; Mosaic has a tanh, but no expm1.
-    return jnp.tanh(-log_magnitude) * (1 + jnp.exp(2 * log_magnitude))
+def cg_lru(
+    tile: scan.Tile,
+    u: jax.Array,
+    bias: jax.Array,
+    decay: jax.Array,
+    theta: jax.Array,
+    h0: Pair,
+    axis: str | None = None,
+) -> tuple[jax.Array, Pair]:
+    """`kernels.cg_lru` on the platform of `tile`."""
+    inputs = tuple(jnp.split(add_bias(u, bias), 4, axis=-1))
+    h, h_last = scan.scan(coefficients, tile, axis, inputs, (decay, theta), h0)
+    return jnp.concatenate(h, axis=-1), h_last
