@@ -1,23 +1,20 @@
 """Dataflow without a network: the job's graph, what it sends, what its container needs; buckets against an emulator."""
 
 import importlib.metadata
-import io
 import json
 import pickle
 import re
 import subprocess
 import sys
 import tomllib
-import zipfile
 from pathlib import Path
 
 import apache_beam as beam
-import numpy as np
 import pytest
-import soundfile
 from apache_beam.internal import pickler
 from apache_beam.options.pipeline_options import PipelineOptions, WorkerOptions
 from apache_beam.portability.api import beam_runner_api_pb2 as api
+from archives import wav, zip_bytes
 from hub_server import Hub, take_for_the_hub
 from packaging.requirements import Requirement
 
@@ -40,21 +37,7 @@ DATAFLOW = [
 ]
 
 
-def wav(samples=800, rate=16_000, seed=0):
-    file = io.BytesIO()
-    soundfile.write(file, np.random.default_rng(seed).normal(0, 0.1, samples), rate, format="WAV")
-    return file.getvalue()
-
-
-FILES = {f"{i % 3}/{i}.wav": wav(2_000 + i, 8_000 * (1 + i % 3), i) for i in range(12)}
-
-
-def zip_bytes(files):
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w") as archive:
-        for name, data in files.items():
-            archive.writestr(name, data)
-    return packed.getvalue()
+FILES = {f"{i % 3}/{i}.wav": wav(2_000 + i, 8_000 * (1 + i % 3), seed=i) for i in range(12)}
 
 
 @pytest.fixture
@@ -181,8 +164,8 @@ def test_the_container_s_requirements_are_the_project_s():
     text = (ROOT / "pipelines/dataflow/Dockerfile").read_text()
     copied = re.findall(r"^COPY (\S+)", text, re.MULTILINE)
     assert all((ROOT / path).exists() for path in copied) and "libsndfile1" in text
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    assert {package.split(".")[0] for package in packages} <= set(copied)
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
+    assert {package.removesuffix("*") for package in packages} <= set(copied)
 
 
 def closure(requirements):

@@ -23,6 +23,7 @@ from harmonic.train import train
 from workflows import stages
 
 
+@pytest.mark.laws
 @pytest.mark.parametrize(("batch", "segment"), [(1, 6), (4, 300), (64, 10_000)])
 def test_every_sample_counts_once(x64, tiny_data, batch, segment):
     """Law 6: the likelihood of a split is the same whatever the batch and the segments."""

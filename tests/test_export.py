@@ -17,8 +17,8 @@ import safetensors.numpy
 import soundfile
 import yaml
 from hub_server import hub_environment
+from mains import ROOT
 from model_hub_server import TOKENS, ModelHub, take_for_models
-from prepared import ROOT
 from tiny import config
 
 import harmonic

@@ -82,6 +82,16 @@ def test_importing_loads_no_more_than_it_needs(module, absent):
     assert out.stdout.strip() == "[]"
 
 
+def test_tests_import_no_other_tests():
+    """What several need is in conftest.py, or in a module that is no test."""
+    for path in sorted((ROOT / "tests").glob("*.py")):
+        nodes = [
+            node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))
+        ]
+        names = [getattr(node, "module", None) or alias.name for node in nodes for alias in node.names]
+        assert not [name for name in names if name.split(".")[-1].startswith("test_")], path
+
+
 def test_modules_stay_small_enough_to_read():
     lengths = {path: len(path.read_text().splitlines()) for path in FILES}
     assert {str(p): n for p, n in lengths.items() if n > 500} == {}

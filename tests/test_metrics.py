@@ -16,11 +16,10 @@ import jax
 import numpy as np
 import pytest
 import soundfile
+from mains import ended, pair, started, train_command
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
-from test_distributed import ended, pair, started, train_command
-from test_train import final_state, reference_run  # noqa: F401  (a fixture)
-from tiny import config
+from tiny import config, final_state
 
 from harmonic import train as training
 from harmonic.errors import UserError
@@ -52,7 +51,7 @@ def board(workdir: Path) -> dict[str, dict[int, Any]]:
     return found
 
 
-def test_tensorboard_shows_what_was_measured(tiny_data, tmp_path, reference_run):  # noqa: F811
+def test_tensorboard_shows_what_was_measured(tiny_data, tmp_path, reference_run):
     """Curves as in metrics.jsonl, samples to be heard and seen; and they change nothing in the weights."""
     workdir = tmp_path / "run"
     training.train(config("train.sample_every=2", "train.sample_seconds=0.05"), tiny_data, workdir)
@@ -77,7 +76,7 @@ def test_tensorboard_shows_what_was_measured(tiny_data, tmp_path, reference_run)
     jax.tree.map(np.testing.assert_array_equal, final_state(workdir)[1], final_state(reference_run)[1])
 
 
-def test_samples_keep_the_law_of_interruption(tiny_data, tmp_path, reference_run, monkeypatch):  # noqa: F811
+def test_samples_keep_the_law_of_interruption(tiny_data, tmp_path, reference_run, monkeypatch):
     """Stopped while it generates, and gone on with: the same weights, and each sample once on the board."""
     workdir, generate = tmp_path / "run", training.generate
     ours = config("train.sample_every=3", "train.sample_seconds=0.02")

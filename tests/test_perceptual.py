@@ -32,8 +32,14 @@ from harmonic.perceptual.network import SIZES, Convolution, Sizes, functions, pa
 from pipelines.build import PrepareSpec, prepare
 
 TINY = Sizes(stem=4, widths=(4, 8, 1_024), inner=(4, 8, 8), groups=2, blocks=1)
-SIZES["tiny"] = TINY
-SETTINGS = Settings(size="tiny", steps=60, batch_size=8, checkpoint_every=25, learning_rate=0.02)
+
+
+@pytest.fixture(scope="module")
+def tiny_settings():
+    """Of a classifier that is small enough for a test, a size that the library does not have."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "tiny", TINY)
+        yield Settings(size="tiny", steps=60, batch_size=8, checkpoint_every=25, learning_rate=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +62,9 @@ def digits(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def classifier(digits, tmp_path_factory):
+def classifier(digits, tiny_settings, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("classifier") / "whole"
-    return workdir, fit(digits, workdir, SETTINGS, show_progress=False)
+    return workdir, fit(digits, workdir, tiny_settings, show_progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +121,7 @@ def test_a_classifier_learns_and_says_how_well(classifier):
     assert Classifier.load(workdir).classes == ("one", "zero")
 
 
-def test_an_interrupted_classifier_ends_with_the_same_weights(classifier, digits, tmp_path, monkeypatch):
+def test_an_interrupted_classifier_ends_with_the_same_weights(classifier, digits, tiny_settings, tmp_path, monkeypatch):
     rows, looked = fitting._rows, []
 
     def stop(count, settings, step):
@@ -126,14 +132,14 @@ def test_an_interrupted_classifier_ends_with_the_same_weights(classifier, digits
 
     monkeypatch.setattr(fitting, "_rows", stop)
     with pytest.raises(KeyboardInterrupt):
-        fit(digits, tmp_path / "a", SETTINGS, show_progress=False)
+        fit(digits, tmp_path / "a", tiny_settings, show_progress=False)
     monkeypatch.setattr(fitting, "_rows", lambda *a: looked.append(a[2]) or rows(*a))
-    result = fit(digits, tmp_path / "a", SETTINGS, show_progress=False)
+    result = fit(digits, tmp_path / "a", tiny_settings, show_progress=False)
     assert looked == [*range(38), *range(25, 60)]
     assert result["classifier"] == classifier[1]["classifier"]
-    assert fit(digits, tmp_path / "a", SETTINGS) == result and len(looked) == 73
+    assert fit(digits, tmp_path / "a", tiny_settings) == result and len(looked) == 73
     with pytest.raises(UserError, match="was begun with seed=0, not 1"):
-        fit(digits, tmp_path / "a", Settings(**{**vars(SETTINGS), "seed": 1}))
+        fit(digits, tmp_path / "a", Settings(**{**vars(tiny_settings), "seed": 1}))
 
 
 def test_what_a_classifier_hears_does_not_depend_on_the_batch(classifier, digits):
@@ -159,9 +165,9 @@ def test_files_that_are_no_classifier_are_refused(classifier, tmp_path):
         Classifier.load(tmp_path / "other.npz")
 
 
-def test_data_that_no_classifier_can_learn_is_refused(tmp_path, tiny_data):
+def test_data_that_no_classifier_can_learn_is_refused(tmp_path, tiny_data, tiny_settings):
     with pytest.raises(UserError, match="has no labels"):
-        fit(tiny_data, tmp_path / "run", SETTINGS)
+        fit(tiny_data, tmp_path / "run", tiny_settings)
     for name, value in (("size", "huge"), ("batch_size", 1), ("learning_rate", 0.0), ("steps", -1)):
         with pytest.raises(UserError, match=f"{name}={value!r} is impossible"):
             Settings(**{name: value})

@@ -13,22 +13,10 @@ import librosa
 import numpy as np
 import pytest
 import soundfile
-from prepared import (
-    ROOT,
-    TWO_PROCESSES,
-    beethoven,
-    mine,
-    read_folder,
-    refused_main,
-    run_main,
-    sc09,
-    shards_of,
-    subprocess_of,
-    wav,
-    write_folder,
-    write_zip,
-)
-from test_sources import Hub, hub_environment
+from archives import beethoven, mine, sc09, wav, write_folder, write_zip
+from hub_server import Hub, hub_environment
+from mains import ROOT, refused_main, run_main
+from prepared import TWO_PROCESSES, read_folder, shards_of, subprocess_of
 
 from harmonic import audio, records
 from harmonic import loudness as levels

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from browser import LOOK, Browser
-from test_report import Page
+from pages import Page
 
 from configs.ablations import SIZES, Published, Run, Study, load_study, study_names
 from harmonic import audio

@@ -12,34 +12,14 @@ import time
 import jax
 import numpy as np
 import pytest
-from tiny import config
+from tiny import config, final_state
 
 from harmonic import train as training
-from harmonic.checkpoint import Checkpoints, load_weights
+from harmonic.checkpoint import load_weights
 from harmonic.data import Dataset, train_batches
 from harmonic.errors import UserError
 from harmonic.mesh import make_mesh
 from harmonic.metrics import read_metrics
-from harmonic.models import make
-from harmonic.step import init_state
-
-
-def final_state(workdir):
-    checkpoints = Checkpoints(workdir, read_only=True)
-    ours = config()
-    target = jax.eval_shape(lambda: init_state(ours, make(ours.model)))._asdict()
-    step = checkpoints.step("latest")
-    restored = checkpoints.restore(step, target)
-    checkpoints.close()
-    return step, restored
-
-
-@pytest.fixture(scope="module")
-def reference_run(tiny_data, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("run") / "reference"
-    result = training.train(config(), tiny_data, workdir)
-    assert result.step == 6
-    return workdir
 
 
 def without_time(lines):
@@ -62,6 +42,7 @@ def test_a_run_leaves_what_it_should(reference_run):
         load_weights(reference_run, "77")
 
 
+@pytest.mark.laws
 def test_interruption_is_invisible(tiny_data, tmp_path, reference_run):
     """Law 5: stopped by a signal after a step, twice, and gone on with, the run ends as one left alone."""
     workdir, stops = tmp_path / "run", 0
