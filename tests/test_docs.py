@@ -1,0 +1,162 @@
+"""The documents: their length, their links, the commands that they show, and the English that they are written in."""
+
+import ast
+import dataclasses
+import functools
+import importlib.util
+import io
+import re
+import shlex
+import tokenize
+from pathlib import Path
+
+import pytest
+from apache_beam.options import pipeline_options
+
+from harmonic.config import load_config
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("configs", "harmonic", "pipelines", "workflows")
+SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *(page for package in PACKAGES for page in sorted((ROOT / package).rglob("*.md")))]
+LENGTHS = {"README.md": 120, "BUILD_NOTES.md": 250}
+# Each hides what the sentence is about, or says something else than it means.
+BANNED = [
+    r"\bof ours\b",
+    r"\bforetold\b",
+    r"\bforetells?\b",
+    r"\bgoes on\b",
+    r"\bgone on with\b",
+    r"\bon end\b",
+    r"\bwhoever\b",
+    r"\bwhat is\b[^.;:]*\blies\b",
+]
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def prose(path: Path) -> list[tuple[int, str]]:
+    """(line, text) of a page, or of the comments and docstrings of a source."""
+    text = path.read_text()
+    if path.suffix == ".md":
+        return [(1, text)]
+    found = [
+        (token.start[0], token.string)
+        for token in tokenize.generate_tokens(io.StringIO(text).readline)
+        if token.type == tokenize.COMMENT
+    ]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            found.append((node.body[0].lineno, ast.get_docstring(node, clean=False) or ""))
+    return found
+
+
+@pytest.mark.parametrize(("page", "longest"), LENGTHS.items())
+def test_pages_stay_short(page, longest):
+    assert len((ROOT / page).read_text().splitlines()) <= longest
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_links_resolve(path):
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
+    missing = [target for target in targets if not (path.parent / target.split("#")[0]).exists()]
+    headings = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)", text, re.MULTILINE)}
+    missing += [target for target in targets if target.startswith("#") and target[1:] not in headings]
+    assert missing == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_paths_exist(path):
+    """Files that a page names in backquotes, from the repository's root or from the page's own folder."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    names = re.findall(r"`([\w./-]+/[\w.-]*\.(?:py|md|toml|png)|[\w-]+\.(?:py|md|toml)|[\w-]+(?:/[\w-]+)*/)`", text)
+    roots = (ROOT, path.parent, ROOT / "tests", ROOT / "harmonic", ROOT / "harmonic/models/harmonic_rnn")
+    missing = [n for n in names if not n.startswith(("data/", "runs/")) and not any((r / n).exists() for r in roots)]
+    assert sorted(set(missing) - WRITTEN) == []
+
+
+# What commands write, or what the guides tell a reader to write.
+WRITTEN = {"config.py", "model.py", "checkpoints/", "samples/", "README.md", "my_config.py", "exports/"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    module: str
+    flags: tuple[str, ...]
+    sets: tuple[str, ...]
+
+
+def commands(text: str) -> list[Command]:
+    """The `python -m MODULE --flags` of a text, also of what `workflows.launch` is given behind `--`."""
+    text = re.sub(r"\\\n\s*", " ", text)
+    found = []
+    for shown in re.findall(r"(?:^|[\s`/(])(?:python3?) -m ([^\n`]*)", text):
+        words = shlex.split(re.split(r"\s#|\s\||\s&&|[;)]", shown)[0].replace("'", ""), posix=False)
+        while words:
+            cut = words.index("--") if "--" in words else len(words)
+            module, rest, words = words[0], words[1:cut], words[cut + 1 :]
+            flags = tuple(word.lstrip("-").split("=")[0] for word in rest if word.startswith("--"))
+            sets = tuple(word.split("=")[1] for word in rest if word.startswith("--set="))
+            found.append(Command(module.rstrip(".,:"), tuple(flag.rstrip(".,:") for flag in flags), sets))
+    return found
+
+
+@functools.cache
+def defined(module: str) -> set[str]:
+    """The flags of a main: read from its source, from the source of the flags that all workflows share, and from Beam."""
+    spec = importlib.util.find_spec(module)
+    assert spec and spec.origin, f"there is no module {module}"
+    text = Path(spec.origin).read_text()
+    flags = {"help"}
+    if module.startswith("workflows."):
+        text += (ROOT / "workflows/cli.py").read_text() * (module != "workflows.launch")
+        flags |= set(re.findall(r"flags\.DEFINE_\w+\(\s*\"(\w+)\"", text))
+        flags |= {f"no{flag}" for flag in re.findall(r"flags\.DEFINE_bool\(\s*\"(\w+)\"", text)}
+    else:
+        flags |= set(re.findall(r"\"--(\w+)\"", text))
+    if module == "pipelines.prepare":
+        parser = pipeline_options._BeamArgumentParser(allow_abbrev=False)
+        for options in pipeline_options.PipelineOptions.__subclasses__():
+            options._add_argparse_args(parser)
+        flags |= {option.lstrip("-") for option in parser._option_string_actions}
+    return flags
+
+
+def shown(path: Path) -> list[Command]:
+    return [command for _, text in prose(path) for command in commands(text)]
+
+
+@pytest.mark.parametrize("path", [*PAGES, *(path for path in SOURCES if shown(path))], ids=name)
+def test_commands_exist(path):
+    config = dataclasses.asdict(load_config("sc09"))
+    for command in shown(path):
+        if command.module.split(".")[0] not in PACKAGES:
+            continue
+        unknown = [flag for flag in command.flags if flag not in defined(command.module)]
+        assert unknown == [], f"{command.module} has no flags {unknown}"
+        for field in command.sets:
+            section, _, key = field.rpartition(".")
+            assert key in (config[section] if section else config), f"--set={field}: there is no such field"
+
+
+def test_commands_are_found():
+    text = "`python -m a.b --x=1 --set=train.steps=2` and\n  .venv/bin/python -m c --y \\\n  --z -- d --w   # --no"
+    assert commands(text) == [
+        Command("a.b", ("x", "set"), ("train.steps",)),
+        Command("c", ("y", "z"), ()),
+        Command("d", ("w",), ()),
+    ]
+
+
+@pytest.mark.parametrize("path", [*PAGES, *SOURCES], ids=name)
+def test_plain_english(path):
+    found = [
+        f"{name(path)}:{line + text[: match.start()].count(chr(10))}: {match[0]}"
+        for line, text in prose(path)
+        for phrase in BANNED
+        for match in re.finditer(phrase, text, re.IGNORECASE)
+    ]
+    assert found == []
