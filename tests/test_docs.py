@@ -63,7 +63,8 @@ def test_links_resolve(path):
     text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
     targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
     missing = [target for target in targets if not (path.parent / target.split("#")[0]).exists()]
-    headings = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)", text, re.MULTILINE)}
+    titles = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    headings = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
     missing += [target for target in targets if target.startswith("#") and target[1:] not in headings]
     assert missing == []
 
@@ -106,7 +107,7 @@ def commands(text: str) -> list[Command]:
 
 @functools.cache
 def defined(module: str) -> set[str]:
-    """The flags of a main: read from its source, from the source of the flags that all workflows share, and from Beam."""
+    """The flags of a main, read from its source, from that of the flags that all workflows share, and from Beam."""
     spec = importlib.util.find_spec(module)
     assert spec and spec.origin, f"there is no module {module}"
     text = Path(spec.origin).read_text()
