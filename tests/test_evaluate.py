@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tiny import MODEL, config, parameters
 
+from harmonic import stages
 from harmonic.checkpoint import load_weights
 from harmonic.config import Config, override
 from harmonic.data import Dataset
@@ -19,7 +20,6 @@ from harmonic.errors import UserError
 from harmonic.evaluate import baselines, evaluate_split
 from harmonic.models import HarmonicRNN
 from harmonic.train import train
-from workflows import stages
 
 
 @pytest.mark.parametrize(("batch", "segment"), [(1, 6), (4, 300), (64, 10_000)])

@@ -13,6 +13,7 @@ import pytest
 import soundfile
 from tiny import config
 
+from harmonic import stages
 from harmonic import train as training
 from harmonic.checkpoint import Checkpoints, load_weights
 from harmonic.data import Dataset, train_batches
@@ -21,7 +22,6 @@ from harmonic.metrics import read_metrics
 from harmonic.models import HarmonicRNN
 from harmonic.step import init_state
 from pipelines.build import PrepareSpec, prepare
-from workflows import stages
 
 ROOT = Path(__file__).parents[1]
 

@@ -24,7 +24,7 @@ import numpy as np
 from absl import flags
 
 from configs.ablations import SIZES, Run, Study, load_study, study_names
-from harmonic import locks
+from harmonic import locks, stages
 from harmonic.checkpoint import load_weights
 from harmonic.config import Config, override
 from harmonic.data import Dataset
@@ -36,7 +36,7 @@ from harmonic.perceptual.measure import measure_reference, measure_run
 from harmonic.perceptual.metrics import samples_needed, too_few
 from harmonic.report import build_report
 from harmonic.study import write_study
-from workflows import chain, cli, stages
+from workflows import chain, cli
 
 _STUDY = flags.DEFINE_string("study", None, f"{', '.join(study_names())}, or a path to a .py with get_study(size)")
 _SIZE = flags.DEFINE_enum("size", "small", SIZES, "the paper's model and recipe, or reduced ones for two CPU cores")

@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from harmonic import program
+from harmonic import program, stages
 from harmonic.config import Config, override
 from harmonic.describe import operations
 from harmonic.errors import UserError
 from harmonic.mesh import make_mesh
 from harmonic.models import HarmonicRNN
 from harmonic.step import init_state, make_train_step
-from workflows import stages, timing
+from workflows import timing
 from workflows.plain_model import RECURRENCES, PlainModel
 
 OURS = "harmonic"

@@ -22,6 +22,7 @@ from typing import Any
 
 from absl import flags
 
+from harmonic import stages
 from harmonic.config import load_config, override
 from workflows import (
     bench_generate,
@@ -32,7 +33,6 @@ from workflows import (
     bench_scan,
     bench_train,
     cli,
-    stages,
 )
 
 # The train suite comes first: its processes need the accelerator that the others do not give back.

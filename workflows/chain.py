@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from harmonic import locks, processes
+import harmonic
+from harmonic import locks, processes, stages
 from harmonic.checkpoint import load_weights
 from harmonic.config import Config
 from harmonic.describe import describe
@@ -16,7 +18,12 @@ from harmonic.records import Manifest
 from harmonic.report import build_report
 from harmonic.train import train
 from pipelines.build import PrepareSpec, prepare
-from workflows import stages
+
+
+def _versions() -> dict[str, str]:
+    """What decides a run's last digits: Python, and the libraries that compute."""
+    found = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
+    return {"harmonic-rnn": harmonic.__version__, "python": sys.version.split()[0], **found}
 
 
 def prepare_data(config: Config, data_dir: Path, source: str | None = None) -> Manifest:
@@ -134,7 +141,7 @@ def _stages(
         "test": figures,
         "generate": {"samples_per_second": samples["samples_per_second"], "samples": len(samples["samples"])},
         "platform": stages.platform(),
-        "versions": stages.versions(),
+        "versions": _versions(),
         "stages": seconds,
     }
     stages.write_json(workdir / "summary.json", summary)

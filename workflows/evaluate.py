@@ -11,11 +11,11 @@ from pathlib import Path
 
 from absl import flags
 
-from harmonic import locks
+from harmonic import locks, stages
 from harmonic.checkpoint import load_run_config
 from harmonic.config import EvaluateConfig
 from harmonic.errors import UserError
-from workflows import cli, stages
+from workflows import cli
 
 _SPLIT = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "what to evaluate on")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best (on validation), latest, or a step")

@@ -14,10 +14,10 @@ from typing import Any
 
 from absl import flags
 
-from harmonic import locks
+from harmonic import locks, stages
 from harmonic.checkpoint import Weights, load_weights
 from harmonic.errors import UserError
-from workflows import cli, stages
+from workflows import cli
 
 _NUM = flags.DEFINE_integer("num_samples", 4, "how many, side by side", lower_bound=1)
 _SECONDS = flags.DEFINE_float("seconds", 1.0, "length of each, its prompt included")

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from absl import flags
 
+from harmonic import stages
 from harmonic.config import MeshConfig
 from harmonic.errors import UserError
-from workflows import bench_scaling, cli, stages
+from workflows import bench_scaling, cli
 
 _MESHES = flags.DEFINE_list("meshes", ["1x1"], "meshes to measure, as data x seq: 1x8,8x1")
 _REFERENCE = flags.DEFINE_string("reference", "reference.npz", "what 1x1 writes, and the others are compared with")

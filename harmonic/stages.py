@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import io
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +18,6 @@ import numpy as np
 import soundfile
 import soxr
 
-import harmonic
 from harmonic import audio, files
 from harmonic.checkpoint import Weights, load_weights
 from harmonic.data import Dataset, Split
@@ -60,12 +57,6 @@ def platform() -> str:
     return (
         f"cpu ({os.cpu_count()} cores)" if device.platform == "cpu" else f"{device.device_kind} x {jax.device_count()}"
     )
-
-
-def versions() -> dict[str, str]:
-    """What decides a run's last digits: Python, and the libraries that compute."""
-    found = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
-    return {"harmonic-rnn": harmonic.__version__, "python": sys.version.split()[0], **found}
 
 
 def evaluate_run(
