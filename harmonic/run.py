@@ -125,10 +125,11 @@ class Run:
         if not (self.folder / CONFIG).exists():
             return
         theirs, ours = (flatten(dataclasses.asdict(c)) for c in (self.config, config))
+        may_differ = [*_MAY_DIFFER, *(f"model.{name}" for name in config.model.free)]
         differing = [
             f"{path} is {value!r} there and {ours.get(path)!r} here"
             for path, value in theirs.items()
-            if ours.get(path) != value and not any(path == name or path.startswith(f"{name}.") for name in _MAY_DIFFER)
+            if ours.get(path) != value and not any(path == name or path.startswith(f"{name}.") for name in may_differ)
         ]
         if differing:
             raise UserError(

@@ -10,7 +10,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from harmonic import kernels
-from harmonic.kernels import linear_scan, pallas_cg_lru, pallas_gpu, pallas_scan, pallas_tpu
+from harmonic.kernels import linear_scan
+from harmonic.kernels.pallas import cg_lru as pallas_cg_lru
+from harmonic.kernels.pallas import gpu, scan, tpu
+from harmonic.kernels.target import compiling_for
 
 # Relative to each array's largest value. Inputs of bfloat16 also round h, from which the gradients are computed.
 TOLERANCE = {"float32": 2e-5, "float64": 1e-12, "bfloat16": 2e-2}
@@ -177,13 +180,11 @@ def test_kernels_lower_without_a_device(platform, shape, dtype):
     batch, _, channels = shape
     v = jax.ShapeDtypeStruct(shape, dtype)
     h, p = (jax.ShapeDtypeStruct(s, "float32") for s in ((batch, channels), (channels,)))
-    tile = pallas_gpu.tile if platform == "cuda" else pallas_tpu.tile
-    for coefficients, parameters in ((pallas_scan.identity, ()), (pallas_cg_lru.coefficients, (p, p))):
+    tile = gpu.tile if platform == "cuda" else tpu.tile
+    for coefficients, parameters in ((scan.identity, ()), (pallas_cg_lru.coefficients, (p, p))):
 
         def run(inputs, parameters, h0, coefficients=coefficients):
-            outputs, pull = jax.vjp(
-                lambda *args: pallas_scan.scan(coefficients, tile, None, *args), inputs, parameters, h0
-            )
+            outputs, pull = jax.vjp(lambda *args: scan.scan(coefficients, tile, None, *args), inputs, parameters, h0)
             return outputs, pull(outputs)
 
         lowered = jax.jit(run).trace((v, v, v, v), parameters, (h, h)).lower(lowering_platforms=(platform,))
@@ -193,13 +194,12 @@ def test_kernels_lower_without_a_device(platform, shape, dtype):
 
 
 def test_one_chunk_where_rows_fill_the_device():
-    assert [pallas_gpu.tile(*shape).chunks for shape in LOWERED] == [16, 247, 1]
+    assert [gpu.tile(*shape).chunks for shape in LOWERED] == [16, 247, 1]
 
 
 @pytest.mark.parametrize("platform", CALLS)
-def test_auto_is_the_fused_kernel_also_within_training(monkeypatch, platform):
+def test_auto_is_the_fused_kernel_also_within_training(platform):
     """Under shard_map, a scan over segments and checkpointing, as the model calls it."""
-    monkeypatch.setattr(kernels, "platform", lambda: "gpu" if platform == "cuda" else platform)
     mesh = jax.make_mesh((8,), ("seq",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def loss(z, p, decay, theta, h0):
@@ -219,7 +219,9 @@ def test_auto_is_the_fused_kernel_also_within_training(monkeypatch, platform):
     )
     z, p, decay, theta, h0 = jax.eval_shape(lambda: make_inputs(np.random.default_rng(0), 2, 8 * 160, 8))
     segments = jax.tree.map(lambda v: jax.ShapeDtypeStruct((3, *v.shape), v.dtype), (z, p))
-    lowered = jax.jit(sharded).trace(*segments, decay, theta, h0).lower(lowering_platforms=(platform,))
+    with compiling_for("gpu" if platform == "cuda" else platform):
+        traced = jax.jit(sharded).trace(*segments, decay, theta, h0)
+    lowered = traced.lower(lowering_platforms=(platform,))
     assert f"@{CALLS[platform]}(" in lowered.as_text()
 
 

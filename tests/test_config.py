@@ -32,7 +32,7 @@ def test_override(assignment, path, value):
 
 def test_overrides_are_checked_together():
     config = override(Config(), ["model.width=32", "model.pool_groups=32", "model.pool_factors=()"])
-    assert config.model.pool_factors == () and config.model.pooling_product == 1
+    assert config.model.pool_factors == () and config.model.multiple == 1
 
 
 @pytest.mark.parametrize(

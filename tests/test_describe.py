@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from harmonic import hlo
 from harmonic import mesh as meshes
-from harmonic import program
 from harmonic.config import Config, DataConfig, MeshConfig, ModelConfig, load_config, override
 from harmonic.describe import bounds, describe, fits, memory, operations, weight_bytes
 from harmonic.models import HarmonicRNN
@@ -49,7 +49,7 @@ def compiled_step(config):
 )
 def test_memory_is_as_foretold(assignments):
     config = override(load_config("sc09_small"), ["data.window_length=16000", *assignments])
-    actual = program.memory(compiled_step(config))
+    actual = hlo.memory(compiled_step(config))
     assert memory(config)["total"] == pytest.approx(actual.temporaries + actual.arguments, rel=0.25)
 
 

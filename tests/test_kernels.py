@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from harmonic.kernels import chunked, gated_gelu, linear_scan, machine
+from harmonic.kernels import chunked, gated_gelu, linear_scan
+from harmonic.kernels.cpu import llvm
 
 TOLERANCE = {np.float32: 2e-5, np.float64: 1e-12}
 
@@ -148,7 +149,7 @@ def test_small_gates_keep_their_digits(x64):
     np.testing.assert_allclose(y, jax.nn.gelu(jnp.asarray(gate, jnp.float64)), rtol=1e-5)
 
 
-@pytest.mark.skipif(not machine.available(), reason="this machine's XLA does not take machine code of ours")
+@pytest.mark.skipif(not llvm.available(), reason="this machine's XLA does not take this machine code")
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("threads", [2, 3, 7])
 def test_threads_change_no_bit(rng, monkeypatch, threads, batch):
@@ -158,13 +159,13 @@ def test_threads_change_no_bit(rng, monkeypatch, threads, batch):
     def run():
         return outputs_and_gradients(functools.partial(linear_scan, implementation="native"), inputs)
 
-    monkeypatch.setattr(machine, "threads", lambda: 1)
+    monkeypatch.setattr(llvm, "threads", lambda: 1)
     alone = run()
-    monkeypatch.setattr(machine, "threads", lambda: threads)
+    monkeypatch.setattr(llvm, "threads", lambda: threads)
     jax.tree.map(np.testing.assert_array_equal, run(), alone)
 
 
-@pytest.mark.skipif(not machine.available(), reason="this machine's XLA does not take machine code of ours")
+@pytest.mark.skipif(not llvm.available(), reason="this machine's XLA does not take this machine code")
 def test_what_is_not_a_number_comes_out_as_such(rng):
     x, a, h0 = make_inputs(rng, 1, 40, 20, np.float32)
     bad = (x[0].at[0, 20, 7].set(np.nan), x[1])

@@ -12,17 +12,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from harmonic.kernels.target import platform
+
 EPSILON = 1e-6  # of the variance, as in Flax's LayerNorm
-
-
-def platform() -> str:
-    """The platform that what is traced now will run on: cpu, gpu or tpu.
-
-    Asked while tracing. `jax.lax.platform_dependent` would ask while lowering, but traces and differentiates every
-    platform's branch, and joins their residuals: seconds of tracing and zeros in memory for kernels that are not run.
-    """
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]
-    return jax.default_backend() if device is None else getattr(device, "platform", device)
 
 
 def column_sum(x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:

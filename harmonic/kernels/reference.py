@@ -37,12 +37,13 @@ def add(a: tuple[N, N], b: tuple[N, N]) -> tuple[N, N]:
     return a[0] + b[0], a[1] + b[1]
 
 
-def linear_scan(x: Pair, a: Pair, h0: Pair) -> tuple[Pair, Pair]:
+def linear_scan(x: Pair, a: Pair, h0: Pair, axis: None = None) -> tuple[Pair, Pair]:
     """h_t = a_t h_{t-1} + x_t by `jax.lax.scan`, differentiated by JAX.
 
     Args:
       x, a: [batch, time, channels].
       h0: [batch, channels].
+      axis: must be None; kernels that take a sharded sequence take a mesh axis here.
 
     Returns:
       (h [batch, time, channels], h_last [batch, channels]).

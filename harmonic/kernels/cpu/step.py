@@ -17,26 +17,26 @@ import jax.numpy as jnp
 import numpy as np
 from llvmlite import ir
 
-from harmonic.kernels import machine, native, team
+from harmonic.kernels.cpu import helper_thread, llvm, ops
+from harmonic.kernels.cpu.llvm import Floats, Value
 from harmonic.kernels.dense import EPSILON
-from harmonic.kernels.machine import Floats, Value
 from harmonic.kernels.reference import Pair
 
 _LANES = 16
 _ACCUMULATORS = 20  # of 32 registers
 _ROWS = (4, 2, 1)  # of a batch at a time
 _INT64, _POINTER = ir.IntType(64), ir.PointerType()
-_PARTS = team.PARTS
+_PARTS = helper_thread.PARTS
 
 
 def fits(width: int, channels: int, dtype: jnp.dtype) -> bool:
     """Whether `run` takes blocks of these sizes."""
     halves = _LANES * _PARTS
-    return machine.available() and dtype == jnp.float32 and width % halves == 0 and channels % halves == 0
+    return llvm.available() and dtype == jnp.float32 and width % halves == 0 and channels % halves == 0
 
 
 def pack(blocks: Any) -> jax.Array:
-    """`models.layers.BlockWeights` along a leading axis, as [blocks, parts, floats] in the order in which `run` reads
+    """`plain_step.BlockWeights` along a leading axis, as [blocks, parts, floats] in the order in which `run` reads
     them."""
 
     def part(weights: Any, number: int) -> jax.Array:
@@ -56,6 +56,15 @@ def pack(blocks: Any) -> jax.Array:
         return jnp.concatenate([piece.ravel() for piece in pieces])
 
     return jax.vmap(lambda weights: jnp.stack([part(weights, i) for i in range(_PARTS)]))(blocks)
+
+
+def unstack(h: Pair) -> Pair:
+    """States as `run` takes them: as they are."""
+    return h
+
+
+stack = unstack
+helper = helper_thread.helper
 
 
 def run(packed: jax.Array, x: jax.Array, h: Pair) -> tuple[jax.Array, Pair]:
@@ -131,24 +140,24 @@ def _before(sizes: dict[str, int], key: str) -> tuple[int, int]:
     return sum(sizes[k] for k in keys[: keys.index(key)]), sum(sizes.values())
 
 
-@machine.once
+@llvm.once
 def _register(width: int, channels: int) -> str:
     name = f"harmonic_step_{width}_{channels}"
     module = ir.Module(name)
-    function = ir.Function(module, team.RUN, f"{name}_job")
+    function = ir.Function(module, helper_thread.RUN, f"{name}_job")
     _Job(module, function, width, channels).write()
-    builder, frame = machine.start_handler(module, name)
-    arguments = machine.buffers(builder, frame, machine.ARGUMENTS, 4)
-    results = machine.buffers(builder, frame, machine.RESULTS, 4)
+    builder, frame = llvm.start_handler(module, name)
+    arguments = llvm.buffers(builder, frame, llvm.ARGUMENTS, 4)
+    results = llvm.buffers(builder, frame, llvm.RESULTS, 4)
     (_, x_shape), (_, h_shape) = arguments[:2]
     words = [builder.ptrtoint(v, _INT64) for v in (function, *(data for data, _ in (*arguments, *results)))]
-    words += [machine.load_word(builder, x_shape, 0), machine.load_word(builder, h_shape, 0)]
-    job = machine.room(builder, len(words))
+    words += [llvm.load_word(builder, x_shape, 0), llvm.load_word(builder, h_shape, 0)]
+    job = llvm.room(builder, len(words))
     for i, word in enumerate(words):
         builder.store(word, builder.gep(job, [ir.Constant(_INT64, i)], source_etype=_INT64))
-    team.Writer(module, builder).share(job, function)
+    helper_thread.Writer(module, builder).share(job, function)
     builder.ret(ir.Constant(_POINTER, None))
-    machine.publish(module, name)
+    llvm.publish(module, name)
     return name
 
 
@@ -159,10 +168,10 @@ class _Job(Floats):
         super().__init__(module, ir.IRBuilder(function.append_basic_block()), np.dtype(np.float32), _LANES)
         self.width, self.channels, self.half = width, channels, channels // _PARTS
         job, self.first, self.end = function.args
-        pointers = [machine.follow(self.builder, job, 8 * i) for i in range(1, 9)]
+        pointers = [llvm.follow(self.builder, job, 8 * i) for i in range(1, 9)]
         self.x, self.re, self.im, self.weights, self.y, self.new_re, self.new_im, self.scratch = pointers
-        self.batch, self.blocks = (machine.load_word(self.builder, job, 8 * i) for i in (9, 10))
-        self.team = team.Writer(module, self.builder)
+        self.batch, self.blocks = (llvm.load_word(self.builder, job, 8 * i) for i in (9, 10))
+        self.team = helper_thread.Writer(module, self.builder)
 
     def write(self) -> None:
         """The whole function."""
@@ -219,7 +228,7 @@ class _Job(Floats):
             place = builder.add(builder.mul(place, self.int64(self.channels)), builder.mul(part, self.int64(half)))
             for c in range(0, half, _LANES):
                 z_re, z_im, p_i, p_r = (self._load(u, c + i * half) for i in range(4))
-                gates = native.Gates(self, (z_re, z_im), p_i, p_r, self._load(decay, c), self._load(theta, c))
+                gates = ops.Gates(self, (z_re, z_im), p_i, p_r, self._load(decay, c), self._load(theta, c))
                 at = builder.add(place, self.int64(c))
                 h_re, h_im = self._load(self.re, at), self._load(self.im, at)
                 a_re, a_im = gates.a
@@ -245,7 +254,7 @@ class _Job(Floats):
                 at = self.builder.add(mine, self.int64(c))
                 y = self._load(first, at) + self._load(second, at) + self._load(bias, c)
                 gate = self._load(u, 4 * self.half + c)
-                self._store(y * gate * native.gelu_slope(self, gate)[0], v, c)
+                self._store(y * gate * ops.gelu_slope(self, gate)[0], v, c)
 
         self._rows(multiply)
         self._product(part, block, "gated", "last", "last")
@@ -260,7 +269,7 @@ class _Job(Floats):
             m, v = self._row(mlp, row, "mlp"), self._row(inner, row, "inner")
             for c in range(0, self.width, _LANES):
                 gate = self._load(m, self.width + c)
-                self._store(self._load(m, c) * gate * native.gelu_slope(self, gate)[0], v, c)
+                self._store(self._load(m, c) * gate * ops.gelu_slope(self, gate)[0], v, c)
 
         self._rows(multiply)
         self._product(part, block, "inner", "out", "out")

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from llvmlite import ir
 
-from harmonic.kernels import machine
 from harmonic.kernels.context_parallel import exchange_carries
+from harmonic.kernels.cpu import llvm
+from harmonic.kernels.cpu.llvm import Code, Floats, Value
 from harmonic.kernels.dense import column_sum
-from harmonic.kernels.machine import Code, Floats, Value
 from harmonic.kernels.reference import Pair, add, multiply, multiply_conjugate
 
 _SQRT_GRADIENT = 200.0  # as `gates`
@@ -328,7 +328,7 @@ def _call(write: Callable[[Code], None], results: Sequence[tuple[int, ...]], *ar
     """Arrays of these shapes; the last argument is [.., channels]."""
     dtype = arguments[-1].dtype
     shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape in results]
-    return list(jax.ffi.ffi_call(machine.register(write, dtype.name, machine.threads()), shapes)(*arguments))
+    return list(jax.ffi.ffi_call(llvm.register(write, dtype.name, llvm.threads()), shapes)(*arguments))
 
 
 def _alone(axis: str | None) -> bool:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 
 from llvmlite import ir
 
-from harmonic.kernels import machine
+from harmonic.kernels.cpu import llvm
 
 _INT32, _INT64, _POINTER = ir.IntType(32), ir.IntType(64), ir.PointerType()
 RUN = ir.FunctionType(ir.VoidType(), [_POINTER, _INT64, _INT64])  # (job, first part, end)
@@ -60,7 +60,7 @@ class Writer:
 
     def _call(self, name: str, kind: ir.FunctionType, *arguments: ir.Value) -> None:
         if not name.startswith("llvm."):
-            machine.find(name)
+            llvm.find(name)
         function = self.module.globals.get(name) or ir.Function(self.module, kind, name)
         self.builder.call(function, arguments)
 
@@ -139,7 +139,7 @@ class Writer:
         helpers, one = self._place(_HELPERS), ir.Constant(_INT64, 1)
         builder.atomic_rmw("add", helpers, one, "seq_cst")
         self._set(1, builder.gep(words, [one], source_etype=_INT64))
-        idle, known = (machine.room(builder, 1) for _ in range(2))
+        idle, known = (llvm.room(builder, 1) for _ in range(2))
         for place in (idle, known):
             builder.store(ir.Constant(_INT64, 0), place)
         with self._again() as (_, after):
@@ -166,18 +166,18 @@ class Writer:
 
 
 def _function(builder: ir.IRBuilder, job: ir.Value) -> ir.Value:
-    address = machine.load_word(builder, job, 0)
+    address = llvm.load_word(builder, job, 0)
     return builder.inttoptr(address, ir.PointerType(RUN))
 
 
-@machine.once
+@llvm.once
 def _serve() -> Callable[[int], None]:
     module = ir.Module("harmonic_serve")
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_POINTER]), "harmonic_serve")
     writer = Writer(module, ir.IRBuilder(function.append_basic_block()))
     writer.serve(function.args[0])
     writer.builder.ret_void()
-    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(machine.compile_module(module, "harmonic_serve"))
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(llvm.compile_module(module, "harmonic_serve"))
 
 
 def calls() -> int:

@@ -6,11 +6,15 @@ comes in as [batch, time, channels] is transposed for that, which XLA may do whe
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from harmonic.kernels.pallas_scan import Tiling
+from harmonic.kernels.pallas import scan
+from harmonic.kernels.pallas.scan import Tiling
+from harmonic.kernels.reference import Pair
+from harmonic.kernels.target import platform
 
 _STEPS = 64  # of the backward's twelve arrays, twice for copies under way: 6 MB of at least 16 on chip
 
@@ -45,6 +49,22 @@ class _TpuTiling(Tiling):
 
     def parameter(self, v):
         return v[None], pl.BlockSpec((1, self.row[1]), lambda b, c, k: (0, c))
+
+
+def linear_scan(x: Pair, a: Pair, h0: Pair, axis: str | None = None) -> tuple[Pair, Pair]:
+    """As `kernels.linear_scan`."""
+    return scan.linear_scan(_tile(), x, a, h0, axis)
+
+
+def cg_lru(
+    u: jax.Array, bias: jax.Array, decay: jax.Array, theta: jax.Array, h0: Pair, axis: str | None = None
+) -> tuple[jax.Array, Pair]:
+    """As `kernels.cg_lru`."""
+    return scan.cg_lru(_tile(), u, bias, decay, theta, h0, axis)
+
+
+def _tile() -> scan.Tile:
+    return tile_interpreted if platform() == "cpu" else tile
 
 
 def tile(batch: int, time: int, channels: int, chunks: int | None = None) -> Tiling:

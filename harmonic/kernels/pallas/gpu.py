@@ -11,7 +11,10 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from harmonic.kernels.pallas_scan import Tiling
+from harmonic.kernels.pallas import scan
+from harmonic.kernels.pallas.scan import Tiling
+from harmonic.kernels.reference import Pair
+from harmonic.kernels.target import platform
 
 # By arithmetic, not by measurement: 500 threads on each of some 130 processors, with the loads of four rows of four
 # arrays in flight each, are 30 KB a processor, about what bandwidth times latency asks for. A chunk much shorter than
@@ -62,6 +65,22 @@ class _GpuTiling(Tiling):
             ref[at or ...] = value
         else:
             plt.store(ref.at[at or ...], value, mask=mask)
+
+
+def linear_scan(x: Pair, a: Pair, h0: Pair, axis: str | None = None) -> tuple[Pair, Pair]:
+    """As `kernels.linear_scan`."""
+    return scan.linear_scan(_tile(), x, a, h0, axis)
+
+
+def cg_lru(
+    u: jax.Array, bias: jax.Array, decay: jax.Array, theta: jax.Array, h0: Pair, axis: str | None = None
+) -> tuple[jax.Array, Pair]:
+    """As `kernels.cg_lru`."""
+    return scan.cg_lru(_tile(), u, bias, decay, theta, h0, axis)
+
+
+def _tile() -> scan.Tile:
+    return tile_interpreted if platform() == "cpu" else tile
 
 
 def tile(batch: int, time: int, channels: int, chunks: int | None = None) -> Tiling:

@@ -35,6 +35,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from harmonic.kernels.context_parallel import exchange_carries
+from harmonic.kernels.dense import add_bias
+from harmonic.kernels.pallas.cg_lru import coefficients
 from harmonic.kernels.reference import Pair, add, multiply, multiply_conjugate
 
 Rows = tuple[jax.Array, ...]
@@ -348,3 +350,17 @@ def _backward(coefficients: Coefficients, tile: Tile, axis: str | None, residual
 
 
 scan.defvjp(_forward, _backward)
+
+
+def linear_scan(tile: Tile, x: Pair, a: Pair, h0: Pair, axis: str | None) -> tuple[Pair, Pair]:
+    """`kernels.linear_scan` on the platform of `tile`."""
+    return scan(identity, tile, axis, (*x, *a), (), h0)
+
+
+def cg_lru(
+    tile: Tile, u: jax.Array, bias: jax.Array, decay: jax.Array, theta: jax.Array, h0: Pair, axis: str | None
+) -> tuple[jax.Array, Pair]:
+    """`kernels.cg_lru` on the platform of `tile`."""
+    inputs = tuple(jnp.split(add_bias(u, bias), 4, axis=-1))
+    h, h_last = scan(coefficients, tile, axis, inputs, (decay, theta), h0)
+    return jnp.concatenate(h, axis=-1), h_last
