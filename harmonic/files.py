@@ -50,11 +50,12 @@ def refusing(
       errors: besides OSError, which errors a damaged file causes.
       kind: the format that the file should have.
     """
+    caught: tuple[type[Exception], ...] = (OSError, *errors)
     try:
         yield
     except FileNotFoundError:
         raise UserError(f"{path} is missing; {remedy}") from None
-    except (OSError, *errors) as error:
+    except caught as error:
         form = f" as {kind}" if kind else ""
         raise UserError(f"{path} cannot be read{form} ({one_line(error)}); {remedy}") from error
 

@@ -23,6 +23,7 @@ from test_train import final_state, reference_run  # noqa: F401  (a fixture)
 from tiny import config
 
 from harmonic import train as training
+from harmonic import voice
 from harmonic.errors import UserError
 from harmonic.metrics import MetricsWriter, read_metrics
 
@@ -79,7 +80,7 @@ def test_tensorboard_shows_what_was_measured(tiny_data, tmp_path, reference_run)
 
 def test_samples_keep_the_law_of_interruption(tiny_data, tmp_path, reference_run, monkeypatch):  # noqa: F811
     """Stopped while it generates, and gone on with: the same weights, and each sample once on the board."""
-    workdir, generate = tmp_path / "run", training.generate
+    workdir, generate = tmp_path / "run", voice.generate
     ours = config("train.sample_every=3", "train.sample_seconds=0.02")
 
     def stopped(*args, **settings):
@@ -87,7 +88,7 @@ def test_samples_keep_the_law_of_interruption(tiny_data, tmp_path, reference_run
         return generate(*args, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "generate", stopped)
+        patch.setattr(voice, "generate", stopped)
         with pytest.raises(training.Interrupted):
             training.train(ours, tiny_data, workdir)
     assert list(board(workdir)["samples/0"]) == [3]

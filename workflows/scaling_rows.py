@@ -11,9 +11,9 @@ from pathlib import Path
 
 from absl import flags
 
-from harmonic import stages
 from harmonic.config import MeshConfig
 from harmonic.errors import UserError
+from harmonic.mesh import hardware
 from workflows import bench_scaling, cli
 
 _MESHES = flags.DEFINE_list("meshes", ["1x1"], "meshes to measure, as data x seq: 1x8,8x1")
@@ -34,7 +34,7 @@ def main() -> None:
             dataclasses.replace(config, mesh=MeshConfig(int(data), int(seq))), Path(_REFERENCE.value)
         )
         if speaks:
-            print(json.dumps({"platform": stages.platform(), **row}), flush=True)
+            print(json.dumps({"platform": hardware(), **row}), flush=True)
 
 
 if __name__ == "__main__":
