@@ -34,6 +34,7 @@ _CHECKSUMS = "checksums.txt"
 _TRIES = 5  # to read a checkpoint of a run that is training and removes its old ones
 _NATIVE = {"No space left": "no space is left", "File too large": "a file may not become that large"}
 _LEAVING = "leaving"  # checkpoints are renamed into it before they are removed: a kill leaves no half of one
+_LOGGERS = "orbax", "absl", "asyncio"
 
 
 class Checkpoints:
@@ -55,43 +56,8 @@ class Checkpoints:
             self._mend()
         if not read_only:
             processes.gather("")  # the others look when the folder is in order
-        together = ocp.options.MultiprocessingOptions()
-        if read_only:
-            index = jax.process_index()
-            together = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
-        handlers: dict[str, Any] = {
-            name: ocp.StandardCheckpointHandler(multiprocessing_options=together) for name in _ITEMS
-        }
-        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        for name, handler in handlers.items():
-            registry.add(name, ocp.args.StandardSave, handler)
-            registry.add(name, ocp.args.StandardRestore, handler)
-        registry.add("meta", ocp.args.JsonSave, meta := ocp.JsonCheckpointHandler(multiprocessing_options=together))
-        registry.add("meta", ocp.args.JsonRestore, meta)
-        options = ocp.CheckpointManagerOptions(
-            # Two of the latest: if the newest is damaged, the one before takes its place.
-            preservation_policy=AnyPreservationPolicy(
-                [
-                    LatestN(n=2),
-                    BestN(
-                        get_metric_fn=lambda metrics: -metrics["validation"],
-                        n=1,
-                        keep_checkpoints_without_metrics=False,
-                    ),
-                ]
-            ),
-            # Without it Orbax writes no metrics, and a later start knows no best checkpoint.
-            best_fn=lambda metrics: -metrics["validation"],
-            # A damaged checkpoint must not keep a reader from the others.
-            lightweight_initialize=read_only,
-            todelete_subdir=None if read_only else _LEAVING,
-            enable_async_checkpointing=False,
-            read_only=read_only,
-            create=not read_only,
-            multiprocessing_options=together,
-        )
         with _quiet():
-            self._manager = ocp.CheckpointManager(self.folder, options=options, handler_registry=registry)
+            self._manager = _manager(self.folder, read_only)
 
     def save(self, step: int, items: dict[str, Any], meta: dict[str, Any], validation: float | None) -> None:
         """Writes `items` (params, ema, optimizer) and `meta`; nothing if there is a checkpoint of that step.
@@ -103,7 +69,7 @@ class Checkpoints:
             return
         trees = {name: ocp.args.StandardSave(items[name]) for name in _ITEMS}
         try:
-            with _silent():
+            with _quiet(logging.CRITICAL):
                 self._manager.save(
                     step,
                     args=ocp.args.Composite(**trees, meta=ocp.args.JsonSave(meta)),
@@ -240,7 +206,34 @@ class Checkpoints:
             self._manager.close()
 
 
-_LOGGERS = "orbax", "absl", "asyncio"
+def _manager(folder: Path, read_only: bool) -> ocp.CheckpointManager:
+    together = ocp.options.MultiprocessingOptions()
+    if read_only:
+        index = jax.process_index()
+        together = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    for name in _ITEMS:
+        handler = ocp.StandardCheckpointHandler(multiprocessing_options=together)
+        registry.add(name, ocp.args.StandardSave, handler)
+        registry.add(name, ocp.args.StandardRestore, handler)
+    meta = ocp.JsonCheckpointHandler(multiprocessing_options=together)
+    registry.add("meta", ocp.args.JsonSave, meta)
+    registry.add("meta", ocp.args.JsonRestore, meta)
+    best = BestN(get_metric_fn=lambda metrics: -metrics["validation"], n=1, keep_checkpoints_without_metrics=False)
+    options = ocp.CheckpointManagerOptions(
+        # Two of the latest: if the newest is damaged, the one before takes its place.
+        preservation_policy=AnyPreservationPolicy([LatestN(n=2), best]),
+        # Without it Orbax writes no metrics, and a later start knows no best checkpoint.
+        best_fn=lambda metrics: -metrics["validation"],
+        # A damaged checkpoint must not keep a reader from the others.
+        lightweight_initialize=read_only,
+        todelete_subdir=None if read_only else _LEAVING,
+        enable_async_checkpointing=False,
+        read_only=read_only,
+        create=not read_only,
+        multiprocessing_options=together,
+    )
+    return ocp.CheckpointManager(folder, options=options, handler_registry=registry)
 
 
 @contextlib.contextmanager
@@ -252,26 +245,10 @@ def _quiet(level: int = logging.ERROR) -> Iterator[None]:
     try:
         yield
     finally:
-        for logger, before in levels.items():
-            logger.setLevel(before)
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Silences Orbax while it saves: its threads log an error with stack traces, which is then raised as well."""
-    print_any = sys.unraisablehook
-
-    def print_others(unraisable: Any) -> None:
-        # After an error tensorstore still has results for an event loop that has ended.
-        if str(unraisable.exc_value) != "Event loop is closed":
-            print_any(unraisable)
-
-    sys.unraisablehook = print_others
-    try:
-        with _quiet(logging.CRITICAL):
-            yield
-    finally:
-        sys.unraisablehook = print_any
+        # After a failed save the loggers stay silent: Orbax's threads log its error again, with stack traces.
+        if level < logging.CRITICAL or sys.exc_info()[0] is None:
+            for logger, before in levels.items():
+                logger.setLevel(before)
 
 
 def _say(line: str) -> None:
