@@ -24,19 +24,20 @@ import numpy as np
 from absl import flags
 
 from configs.ablations import SIZES, Run, Study, load_study, study_names
-from harmonic import locks
-from harmonic.checkpoint import load_weights
+from harmonic import locks, mesh
 from harmonic.config import Config, override
 from harmonic.data import Dataset
 from harmonic.errors import UserError
+from harmonic.files import read_json, write_json
 from harmonic.generate import generate
 from harmonic.metrics import read_metrics
 from harmonic.perceptual.classifier import Classifier
 from harmonic.perceptual.measure import measure_reference, measure_run
 from harmonic.perceptual.metrics import samples_needed, too_few
 from harmonic.report import build_report
+from harmonic.run import Run as RunFolder
 from harmonic.study import write_study
-from workflows import chain, cli, stages
+from workflows import chain, cli
 
 _STUDY = flags.DEFINE_string("study", None, f"{', '.join(study_names())}, or a path to a .py with get_study(size)")
 _SIZE = flags.DEFINE_enum("size", "small", SIZES, "the paper's model and recipe, or reduced ones for two CPU cores")
@@ -144,9 +145,9 @@ def measure_generation(workdir: Path, folders: dict[str, Path]) -> None:
       workdir: of the study.
       folders: of one trained run each, by name.
     """
-    trained = {name: load_weights(folder) for name, folder in folders.items()}
-    made_from = {"steps": {name: weights.step for name, weights in trained.items()}, "platform": stages.platform()}
-    noted = stages.read_json(workdir / "speed.json") or {}
+    trained = {name: RunFolder(folder).weights() for name, folder in folders.items()}
+    made_from = {"steps": {name: weights.step for name, weights in trained.items()}, "platform": mesh.hardware()}
+    noted = read_json(workdir / "speed.json") or {}
     if not trained or {key: noted.get(key) for key in made_from} == made_from:
         return
     streams = {}
@@ -161,7 +162,7 @@ def measure_generation(workdir: Path, folders: dict[str, Path]) -> None:
             next(stream)
             seconds[name] = min(seconds[name], time.perf_counter() - started)
     rates = {name: _BATCH * _LENGTH / best for name, best in seconds.items()}
-    stages.write_json(workdir / "speed.json", {**made_from, "batch": _BATCH, "generated_per_second": rates})
+    write_json(workdir / "speed.json", {**made_from, "batch": _BATCH, "generated_per_second": rates})
 
 
 def _listen(data_dir: Path, datasets: set[str], cache: Path) -> set[str]:
@@ -182,8 +183,8 @@ def _listen(data_dir: Path, datasets: set[str], cache: Path) -> set[str]:
 
 def _measure_perceptual(folder: Path, data: Path, classifier: str, cache: Path) -> None:
     """Writes a run's perceptual.json, unless it is there for these weights, this classifier and as many clips."""
-    noted = stages.read_json(folder / "perceptual.json") or {}
-    weights = load_weights(folder)
+    noted = read_json(folder / "perceptual.json") or {}
+    weights = RunFolder(folder).weights()
     wanted = {
         "step": weights.step,
         "fingerprint": Dataset(data).manifest.fingerprint,
@@ -219,7 +220,7 @@ class Page:
     def __init__(self, study: Study, workdir: Path, configs: dict[tuple[str, int], Config]):
         self._study, self._workdir, self._configs = study, workdir, configs
         self.errors: dict[tuple[str, int], str] = {}
-        there = stages.read_json(workdir / "study.json")
+        there = read_json(workdir / "study.json")
         ours = {"study": study.name, "size": _SIZE.value}
         theirs = {key: there.get(key) for key in ours} if isinstance(there, dict) else ours
         if theirs != ours:
@@ -245,7 +246,7 @@ class Page:
             **{name: getattr(self._study, name) for name in ("title", "reproduces", "note", "baseline")},
             "seeds": seeds,
             "command": cli.command("ablate"),
-            "platform": stages.platform(),
+            "platform": mesh.hardware(),
             "runs": [self._row(run, seeds) for run in self._study.runs],
         }
         write_study(self._workdir, study)
@@ -267,14 +268,14 @@ class Page:
         metrics = read_metrics(folder)
         curve = {line["step"]: line["bits_per_sample"] for line in metrics if line["kind"] == "validation"}
         result["validation"] = [[step, curve[step]] for step in sorted(curve)]
-        summary = stages.read_json(folder / "summary.json")
+        summary = read_json(folder / "summary.json")
         if not summary or summary["train"]["steps"] < config.train.steps:
             return result
-        speed = stages.read_json(self._workdir / "speed.json") or {}
+        speed = read_json(self._workdir / "speed.json") or {}
         trained = [line["samples_per_second"] for line in metrics if line["kind"] == "train"]
-        samples = stages.read_json(folder / "samples" / "samples.json") or {"samples": []}
+        samples = read_json(folder / "samples" / "samples.json") or {"samples": []}
         clips = [row for row in samples["samples"] if row["kind"] == "sample"]
-        perceptual = stages.read_json(folder / "perceptual.json")
+        perceptual = read_json(folder / "perceptual.json")
         return {
             **result,
             "dataset": summary["data"]["dataset"],
