@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,10 +35,11 @@ _QUANTILES = ("0", "0.05", "0.25", "0.5", "0.75")
 
 def perceptual(found: Json, dataset: str) -> Json | None:
     """The figures of perceptual.json, beside those published for the same data set."""
-    rows, ours = [], None
+    rows: list[list[str]] = []
+    ours: int | None = None
     for key, title in _ROWS:
         row = section(found, key)
-        cells = _cells(_FIGURES, lambda name, row=row: number(row, name))
+        cells = _cells(_FIGURES, functools.partial(number, row))
         if any(cells):
             ours = len(rows) if key == "generated" else ours
             clips = number(row, "clips") or number(row, "kept")
