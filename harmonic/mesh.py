@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,14 @@ def make_mesh(config: MeshConfig) -> Mesh:
     mesh = jax.make_mesh(shape, (DATA, SEQ), axis_types=(AxisType.Auto,) * 2, devices=devices[:wanted])
     process_part(mesh)
     return mesh
+
+
+def hardware() -> str:
+    """What JAX runs on, such as `cpu (2 cores)` or `NVIDIA H200 x 1`."""
+    device = jax.devices()[0]
+    return (
+        f"cpu ({os.cpu_count()} cores)" if device.platform == "cpu" else f"{device.device_kind} x {jax.device_count()}"
+    )
 
 
 def sharding(mesh: Mesh, spec: P) -> NamedSharding:

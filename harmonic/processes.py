@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
+import json
 import os
 import signal
 import socket
@@ -18,8 +19,7 @@ import time
 from typing import Any
 
 import jax
-from jax._src import distributed
-from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
+from jax._src import cloud_tpu_init, distributed  # the store of the coordinator has no public door
 
 from harmonic.errors import UserError
 
@@ -82,7 +82,7 @@ def initialise(
         }
     elif scheduler:
         options = {"cluster_detection_method": scheduler}
-    elif running_in_cloud_tpu_vm and "tpu" in os.environ.get("JAX_PLATFORMS", "tpu"):
+    elif cloud_tpu_init.running_in_cloud_tpu_vm and "tpu" in os.environ.get("JAX_PLATFORMS", "tpu"):
         options = {}
     else:
         return
@@ -157,6 +157,23 @@ def gather(text: str) -> list[str]:
     client, name = _client(), f"harmonic/gather/{next(_gathers)}"
     client.key_value_set(f"{name}/{index}", text)
     return [_get(client, f"{name}/{i}") for i in range(count)]
+
+
+def check_same(values: dict[str, Any]) -> None:
+    """Refuses processes that were not all started with the same values, in JSON's types.
+
+    Raises:
+      UserError: names the first process that differs from process 0, and the values.
+    """
+    first, *others = map(json.loads, gather(json.dumps(values)))
+    for number, other in enumerate(others, 1):
+        differing = [
+            f"{name} is {other.get(name)!r} there and {value!r} in process 0"
+            for name, value in first.items()
+            if other.get(name) != value
+        ]
+        if differing:
+            raise UserError(f"process {number} was started with something else than process 0: {'; '.join(differing)}")
 
 
 def _get(client: Any, key: str) -> str:

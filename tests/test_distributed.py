@@ -16,10 +16,11 @@ from tiny import config
 
 from harmonic import processes
 from harmonic import train as training
-from harmonic.checkpoint import Checkpoints, load_weights
+from harmonic.checkpoint import Checkpoints
 from harmonic.errors import UserError
 from harmonic.mesh import SEQ, process_part
 from harmonic.metrics import read_metrics
+from harmonic.run import Run
 
 REFUSED = 2
 SLURM = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "here", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
@@ -86,7 +87,7 @@ def test_interrupted_on_two_processes_and_gone_on_with_on_one(tiny_data, tmp_pat
     for one, other in zip(ours, theirs, strict=True):
         for name in {"loss", "grad_norm", "bits_per_sample"} & set(one):
             assert one[name] == pytest.approx(other[name], rel=2e-4), (one, other)
-    one, other = (load_weights(folder, "latest").params for folder in (workdir, tmp_path / "alone"))
+    one, other = (Run(folder).weights("latest").params for folder in (workdir, tmp_path / "alone"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), one, other)
 
 

@@ -159,7 +159,7 @@ def test_generate_continues_a_prompt(place, finished):
     # The prompt comes back as the data set's encoding gives it: at its own full scale.
     assert np.abs(waveforms[0][:800]).max() == pytest.approx(1, abs=0.01)
 
-    assert "--seconds=0.1 counts prompt and continuation" in refused(
+    assert "seconds=0.1 counts prompt and continuation" in refused(
         *generate, "--prompt=prompt.wav", "--seconds=0.1", cwd=place
     )
     soundfile.write(place / "fast.wav", np.zeros(100), 44_100)

@@ -22,6 +22,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tiny import config, final_state
 
 from harmonic import train as training
+from harmonic import voice
 from harmonic.errors import UserError
 from harmonic.metrics import MetricsWriter, read_metrics
 
@@ -78,7 +79,7 @@ def test_tensorboard_shows_what_was_measured(tiny_data, tmp_path, reference_run)
 
 def test_samples_keep_the_law_of_interruption(tiny_data, tmp_path, reference_run, monkeypatch):
     """Stopped while it generates, and gone on with: the same weights, and each sample once on the board."""
-    workdir, generate = tmp_path / "run", training.generate
+    workdir, generate = tmp_path / "run", voice.generate
     ours = config("train.sample_every=3", "train.sample_seconds=0.02")
 
     def stopped(*args, **settings):
@@ -86,7 +87,7 @@ def test_samples_keep_the_law_of_interruption(tiny_data, tmp_path, reference_run
         return generate(*args, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "generate", stopped)
+        patch.setattr(voice, "generate", stopped)
         with pytest.raises(training.Interrupted):
             training.train(ours, tiny_data, workdir)
     assert list(board(workdir)["samples/0"]) == [3]

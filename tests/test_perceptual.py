@@ -14,8 +14,7 @@ import soundfile
 from flax import nnx
 from tiny import MODEL, config, parameters
 
-from harmonic import audio, train
-from harmonic.checkpoint import load_weights
+from harmonic import audio, train, voice
 from harmonic.config import override
 from harmonic.data import Dataset
 from harmonic.errors import UserError
@@ -29,6 +28,7 @@ from harmonic.perceptual.fit import Settings, fit
 from harmonic.perceptual.mel import log_mel
 from harmonic.perceptual.metrics import fid, inception_score
 from harmonic.perceptual.network import SIZES, Convolution, Sizes, functions, parameter_count
+from harmonic.run import Run
 from pipelines.build import PrepareSpec, prepare
 
 TINY = Sizes(stem=4, widths=(4, 8, 1_024), inner=(4, 8, 8), groups=2, blocks=1)
@@ -223,11 +223,11 @@ def test_a_run_is_measured_and_goes_on_where_it_stopped(run, digits, classifier,
     }  # fmt: skip
     assert result["train"]["fid"] == pytest.approx(0, abs=1e-6) and result["test"]["accuracy"] == 1
     assert result["train"]["fid"] < result["test"]["fid"] < result["white_noise"]["fid"]
-    assert result["step"] == load_weights(run).step and result["temperature"] == 0.9
+    assert result["step"] == Run(run).weights().step and result["temperature"] == 0.9
     assert result["rejected"]["kept"] == result["rejected"]["clips"] == 2
 
     # The generated row, from the pieces, of which the second is made directly.
-    weights, heard = load_weights(run), Classifier.load(classifier[0])
+    weights, heard = Run(run).weights(), Classifier.load(classifier[0])
     pieces = sorted((run / "perceptual").glob("generated-*.npz"))
     stored = [dict(np.load(piece)) for piece in pieces]
     assert [len(piece["nats"]) for piece in stored] == [4, 4]
@@ -243,8 +243,8 @@ def test_a_run_is_measured_and_goes_on_where_it_stopped(run, digits, classifier,
 
     # Whatever is there is taken; a piece that a kill cut short is made again, and it alone.
     made = []
-    generated = measure.generate
-    monkeypatch.setattr(measure, "generate", lambda *a, **k: made.append(k["first_stream"]) or generated(*a, **k))
+    generated = voice.generate
+    monkeypatch.setattr(voice, "generate", lambda *a, **k: made.append(k["first_stream"]) or generated(*a, **k))
     assert measure.measure_run(run, digits, classifier[0], **settings) == result and made == []
     pieces[1].write_bytes(pieces[1].read_bytes()[:1_000])
     assert measure.measure_run(run, digits, classifier[0], **settings) == result and made == [4]

@@ -253,11 +253,8 @@ def test_trimming_and_loudness(tmp_path):
 
 def test_a_prompt_is_scaled_as_the_recordings_are(tmp_path):
     """By its own extremes, or to their loudness: as a prompt, a recording has the tokens that it was prepared to."""
-    from types import SimpleNamespace
-
-    from harmonic.config import Config
     from harmonic.data import Dataset
-    from workflows.stages import read_prompt
+    from harmonic.voice import Codec
 
     source = write_folder(tmp_path / "f", {f"{i}.wav": wav(9_000, seed=i) for i in range(3)})
     for loudness in (None, -30):
@@ -265,9 +262,7 @@ def test_a_prompt_is_scaled_as_the_recordings_are(tmp_path):
         build.prepare(spec)
         split = Dataset(spec.folder).split("train")
         path = str(source / split.recordings[0].id)
-        weights = SimpleNamespace(config=Config())
-        prompt = read_prompt(path, weights, split.manifest, seconds=None, resample=False)
-        np.testing.assert_array_equal(prompt.tokens, split.read(0))
+        np.testing.assert_array_equal(Codec.of(split.manifest).prompt(path), split.read(0))
 
 
 # The config of one's own.

@@ -15,11 +15,11 @@ import pytest
 from tiny import config, final_state
 
 from harmonic import train as training
-from harmonic.checkpoint import load_weights
 from harmonic.data import Dataset, train_batches
 from harmonic.errors import UserError
 from harmonic.mesh import make_mesh
 from harmonic.metrics import read_metrics
+from harmonic.run import Run
 
 
 def without_time(lines):
@@ -35,11 +35,11 @@ def test_a_run_leaves_what_it_should(reference_run):
     assert (reference_run / "manifest.json").is_file()
     assert list((reference_run / "tensorboard").glob("events*"))
     best = min((line["bits_per_sample"], line["step"]) for line in lines if line["kind"] == "validation")[1]
-    weights = load_weights(reference_run)
+    weights = Run(reference_run).weights()
     assert (weights.step, weights.kind) == (best, "ema")
-    assert load_weights(reference_run, "latest").step == 6
+    assert Run(reference_run).weights("latest").step == 6
     with pytest.raises(UserError, match="no checkpoint 77; use latest, best or one of"):
-        load_weights(reference_run, "77")
+        Run(reference_run).weights("77")
 
 
 @pytest.mark.laws
@@ -120,7 +120,7 @@ def test_fine_tuning_starts_from_the_best_average(tiny_data, tmp_path, reference
     workdir = tmp_path / "tuned"
     ours = config("train.steps=1", "train.learning_rate=1e-12")
     training.train(ours, tiny_data, workdir, init_from=str(reference_run))
-    start, end = load_weights(reference_run).params, load_weights(workdir, "latest", raw=True).params
+    start, end = Run(reference_run).weights().params, Run(workdir).weights("latest", raw=True).params
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), start, end)
     with pytest.raises(UserError, match=r"another architecture: width is 8 there and 16 here"):
         training.train(config("model.width=16"), tiny_data, tmp_path / "other", init_from=str(reference_run))
@@ -135,7 +135,7 @@ def test_damaged_checkpoints_are_named(tiny_data, tmp_path):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match=r"checkpoint 2 in .* is damaged: ema/.* more files are not as written, and no"):
-        load_weights(workdir, "latest")
+        Run(workdir).weights("latest")
 
 
 def test_divergence_is_said(tiny_data, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -64,6 +65,12 @@ def command(workflow: str) -> str:
     return shlex.join(["python", "-m", f"workflows.{workflow}", *sys.argv[1:]])
 
 
+def _print_unraisable(unraisable: Any) -> None:
+    # After a failed save tensorstore's threads report to an event loop that has ended; the failure itself was raised.
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 def run(main: Callable[[], None]) -> None:
     """Runs a main, and turns what a user can mend into one line on standard error.
 
@@ -79,7 +86,8 @@ def run(main: Callable[[], None]) -> None:
     from harmonic.train import Interrupted
 
     def guarded(argv: list[str]) -> None:
-        logging.set_verbosity(logging.ERROR)  # Orbax tells of every file it opens
+        logging.set_verbosity(logging.ERROR)  # Orbax logs every file that it opens
+        sys.unraisablehook = _print_unraisable
         try:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}; flags are written --name=value")

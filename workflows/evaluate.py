@@ -11,11 +11,11 @@ from pathlib import Path
 
 from absl import flags
 
-from harmonic import locks
-from harmonic.checkpoint import load_run_config
+from harmonic import stages
 from harmonic.config import EvaluateConfig
 from harmonic.errors import UserError
-from workflows import cli, stages
+from harmonic.run import Run
+from workflows import cli
 
 _SPLIT = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "what to evaluate on")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best (on validation), latest, or a step")
@@ -37,11 +37,11 @@ def main() -> None:
     if cli.FLAGS.config or cli.FLAGS.set:
         raise UserError("a run is evaluated with its own config: give --workdir alone")
     contexts = _contexts(_CONTEXT.value)
-    workdir = Path(cli.FLAGS.workdir or "runs/demo")
-    data = Path(cli.FLAGS.data_dir) / load_run_config(workdir).data.dataset
-    with locks.writing(workdir):
+    run = Run(cli.FLAGS.workdir or "runs/demo")
+    data = Path(cli.FLAGS.data_dir) / run.config.data.dataset
+    with run.writing():
         figures = stages.evaluate_run(
-            workdir,
+            run.folder,
             data,
             split=_SPLIT.value,
             checkpoint=_CHECKPOINT.value,

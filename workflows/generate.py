@@ -1,4 +1,4 @@
-"""Generates audio from a run, as WAV files, or to be heard while it is made.
+"""Generates audio from a run: WAV files, or a stream to listen to while it is made.
 
 python -m workflows.generate --workdir=runs/sc09 --num_samples=8 --seconds=1
 python -m workflows.generate --workdir=runs/mine --prompt=beginning.wav --prompt_seconds=2 --seconds=10
@@ -15,9 +15,10 @@ from typing import Any
 from absl import flags
 
 from harmonic import locks
-from harmonic.checkpoint import Weights, load_weights
 from harmonic.errors import UserError
-from workflows import cli, stages
+from harmonic.run import Run
+from harmonic.voice import Codec, Prompt, Voice
+from workflows import cli
 
 _NUM = flags.DEFINE_integer("num_samples", 4, "how many, side by side", lower_bound=1)
 _SECONDS = flags.DEFINE_float("seconds", 1.0, "length of each, its prompt included")
@@ -36,7 +37,7 @@ flags.adopt_module_key_flags(cli)
 
 
 def main() -> None:
-    """Generates, and prints the files' names."""
+    """Generates, and prints the names of the files."""
     if cli.FLAGS.config or cli.FLAGS.set:
         raise UserError("a run is sampled with its own config: give --workdir alone")
     for name, value in (("seconds", _SECONDS.value), ("prompt_seconds", _PROMPT_SECONDS.value)):
@@ -47,43 +48,38 @@ def main() -> None:
             raise UserError("--stream gives one sample and no files: leave out --output_dir and --num_samples")
         if os.isatty(1):
             raise UserError("--stream writes raw audio: pipe it into a player, as `| aplay -r 16000 -f S16_LE -c 1`")
-    workdir = Path(cli.FLAGS.workdir or "runs/demo")
-    weights, manifest = load_weights(workdir, _CHECKPOINT.value), stages.run_manifest(workdir)
-    prompts = None
+    run = Run(cli.FLAGS.workdir or "runs/demo")
+    trained = run.weights(_CHECKPOINT.value)
+    voice = Voice(trained.model, trained.params, Codec.of(run.manifest))
+    prompt = None
     if _PROMPT.value:
-        prompts = [
-            stages.read_prompt(
-                _PROMPT.value, weights, manifest, seconds=_PROMPT_SECONDS.value, resample=_RESAMPLE.value
-            )
-        ]
+        prompt = voice.codec.prompt(_PROMPT.value, seconds=_PROMPT_SECONDS.value, resample=_RESAMPLE.value)
     settings: dict[str, Any] = {
         "seconds": _SECONDS.value,
         "seed": _SEED.value,
         "temperature": _TEMPERATURE.value,
         "top_p": _TOP_P.value,
-        "sample_rate": manifest.sample_rate,
-        "prompts": prompts,
     }
     if _STREAM.value:
-        _stream(weights, settings)
+        _stream(voice, prompt=prompt, **settings)
         return
-    folder = Path(_OUTPUT.value or workdir / "generated")
-    kind = "continuation" if prompts else "sample"
-    with locks.writing(_OUTPUT.value or workdir):
-        rows = stages.write_samples(weights, folder, kind=kind, num_samples=_NUM.value, **settings)
+    folder = Path(_OUTPUT.value or run.folder / "generated")
+    kind = "sample" if prompt is None else "continuation"
+    prompts = None if prompt is None else [Prompt(prompt, _PROMPT.value or "")]
+    with locks.writing(_OUTPUT.value or run.folder):
+        rows = voice.write(folder, kind=kind, num_samples=_NUM.value, prompts=prompts, **settings)
     for row in rows:
         print(f"{folder / row['file']}  {row['seconds']:.2f} s, {row['bits_per_sample']:.3f} bits/sample")
 
 
-def _stream(weights: Weights, settings: dict[str, Any]) -> None:
-    """Audio alone goes to standard output; whatever else is printed, to standard error."""
-    rate = settings["sample_rate"]
-    # Whoever stops reading has heard enough.
+def _stream(voice: Voice, *, seconds: float, **settings: Any) -> None:
+    """Writes audio to standard output, and everything else to standard error."""
+    # A reader that closes the pipe ends the stream; that is no error.
     with contextlib.suppress(BrokenPipeError), os.fdopen(os.dup(1), "wb") as out:
         os.dup2(2, 1)
-        print(f"16-bit little-endian PCM, one channel, {rate} Hz", flush=True)
-        bits = stages.stream_sample(weights, out, **settings)
-        print(f"{settings['seconds']:.2f} s, {bits:.3f} bits/sample")
+        print(f"16-bit little-endian PCM, one channel, {voice.codec.sample_rate} Hz", flush=True)
+        bits = voice.stream(out, seconds=seconds, **settings)
+        print(f"{seconds:.2f} s, {bits:.3f} bits/sample")
 
 
 if __name__ == "__main__":

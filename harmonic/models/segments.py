@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 def nats(
     model: Model,
     weights: Any,
-    inputs: dict[str, jax.Array],
+    inputs: Mapping[str, jax.Array],
     lengths: jax.Array,
     *,
     rng: Dropout | None = None,
