@@ -47,7 +47,7 @@ def nats(
         segment_rng = None if rng is None else rng._replace(chunk=rng.chunk + chunk)
         outputs, state = model.apply(weights, {"tokens": piece, **conditions}, state, rng=segment_rng, axis=axis)
         position = number * per_segment + shard * local + jnp.arange(local)
-        mask = position < lengths[:, None]
+        mask = position[None] < lengths[:, None]
         return state, -jnp.where(mask, model.log_prob(outputs, piece), 0).sum()
 
     state = model.init_state(batch, jax.tree.leaves(weights)[0].dtype)
