@@ -38,7 +38,7 @@ def make_run(tiny_data, tmp_path_factory):
     ours = config("generate.temperature=0.9")
     untrained = jax.jit(lambda: init_state(ours, make(ours.model)))()._asdict()
 
-    def make(change=lambda state: state, step=7):
+    def folder_of(change=lambda state: state, step=7):
         folder = tmp_path_factory.mktemp("run")
         (folder / "config.json").write_text(ours.to_json())
         shutil.copy(tiny_data / "manifest.json", folder)
@@ -47,7 +47,7 @@ def make_run(tiny_data, tmp_path_factory):
         checkpoints.close()
         return folder
 
-    return make
+    return folder_of
 
 
 @pytest.fixture(scope="module")
