@@ -24,7 +24,16 @@ from harmonic.audio import ENCODINGS, MAX_LEVELS, SAMPLE_RATE, token_dtype
 from harmonic.errors import UserError
 from harmonic.locks import writing
 from harmonic.records import SPLITS, Manifest
-from pipelines.array_record_io import (
+from pipelines.beam.runners import (
+    beam_options,
+    check_output,
+    local_runner,
+    quiet,
+    runner_of,
+    unwrap,
+    wants_processes,
+)
+from pipelines.beam.sink import (
     clear,
     clear_stages,
     create_folder,
@@ -36,20 +45,11 @@ from pipelines.array_record_io import (
     stage_folder,
     uncollected,
 )
+from pipelines.beam.workers import LocalWorkers
 from pipelines.own_config import remove_config, write_config
-from pipelines.remote import shown
-from pipelines.runners import (
-    beam_options,
-    check_output,
-    local_runner,
-    quiet,
-    runner_of,
-    unwrap,
-    wants_processes,
-)
 from pipelines.sources import DATA_SETS, DataSet, Source, SourceRecording, data_set, open_source
-from pipelines.splits import DEFAULT_RULE, DEFAULT_SHARES, SplitRule, split_rule
-from pipelines.workers import LocalWorkers
+from pipelines.sources.remote import shown
+from pipelines.sources.splits import DEFAULT_RULE, DEFAULT_SHARES, SplitRule, split_rule
 
 SHARD_BYTES = 32 << 20  # of source for each shard
 # of each split. The manifest lists them all, and one step holds it: 40 MB of text at most for a split.
@@ -349,7 +349,7 @@ def build(
     """
     import apache_beam as beam
 
-    from pipelines import transforms
+    from pipelines.beam import steps as transforms
 
     counts = transforms.shard_counts(recordings, SHARD_BYTES, num_shards, MAX_SHARDS)
     listed = {split: sum(recording.split == split for recording in recordings) for split in SPLITS}
@@ -440,7 +440,7 @@ def _watch(progress: Progress | None, recordings: Sequence[SourceRecording], sta
     if progress is None:
         yield None
         return
-    from pipelines.transforms import PROGRESS_ENTRY
+    from pipelines.beam.steps import PROGRESS_ENTRY
 
     stop = threading.Event()
     total, size = len(recordings), max(sum(recording.size for recording in recordings), 1)

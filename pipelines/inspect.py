@@ -28,11 +28,11 @@ import soundfile
 from harmonic import audio
 from harmonic.errors import UserError, one_line
 from harmonic.records import MANIFEST_NAME, SPLITS, Manifest, count_windows
-from pipelines.array_record_io import is_local, output_errors, read_manifest
+from pipelines.beam.sink import is_local, output_errors, read_manifest
 from pipelines.console import Parser, ProgressLine, clock, columns, guarded, manifest_lines, skipped_lines
-from pipelines.stored import Located, pieces, recordings
-from pipelines.survey import QUANTILES, Survey, plot, survey
-from pipelines.verify import Verifier
+from pipelines.inspection.shards import Located, pieces, recordings
+from pipelines.inspection.survey import QUANTILES, Survey, plot, survey
+from pipelines.inspection.verify import Verifier
 
 _LARGEST_WAV = (1 << 31) - 100  # samples of 16 bits, that a WAV file's header can count
 

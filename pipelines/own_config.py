@@ -6,7 +6,7 @@ import contextlib
 
 from harmonic.errors import UserError
 from harmonic.records import Manifest
-from pipelines.array_record_io import read_file, read_manifest, remove_file, write_file
+from pipelines.beam.sink import read_file, read_manifest, remove_file, write_file
 from pipelines.sources import DATA_SETS
 
 CONFIG_NAME = "config.py"

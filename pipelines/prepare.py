@@ -24,12 +24,12 @@ from collections.abc import Sequence
 
 from harmonic.audio import ENCODINGS
 from harmonic.records import Manifest
-from pipelines.array_record_io import is_local, join
+from pipelines.beam.sink import is_local, join
+from pipelines.beam.workers import leave_out_unused
 from pipelines.build import PrepareSpec, prepare
 from pipelines.console import Parser, ProgressLine, guarded, manifest_lines, skipped_lines
 from pipelines.own_config import CONFIG_NAME
 from pipelines.sources import DATA_SETS
-from pipelines.workers import leave_out_unused
 
 
 def parse(argv: Sequence[str]) -> tuple[PrepareSpec, list[str]]:

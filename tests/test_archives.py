@@ -21,10 +21,12 @@ from hub_server import Fault, Hub
 from test_sources import sc09_files, wav, write_files, write_zip
 
 from harmonic.errors import UserError
-from pipelines import remote, stores, tarballs, waveforms
-from pipelines.sources import data_set, open_source
-from pipelines.stores import Unreadable
-from pipelines.waveforms import measure
+from pipelines.audio import waveform as waveforms
+from pipelines.audio.waveform import measure
+from pipelines.sources import data_set, open_source, remote
+from pipelines.sources import files as stores
+from pipelines.sources import tar as tarballs
+from pipelines.sources.files import Unreadable
 
 ROOT = Path(__file__).parent.parent
 FILES = {f"tape/{side}/{i}.wav": wav(3_000 + i, seed=i) for side in "ab" for i in range(10)}

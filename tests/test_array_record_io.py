@@ -14,9 +14,9 @@ from array_record.python.array_record_module import ArrayRecordReader
 from harmonic import records
 from harmonic.errors import UserError
 from harmonic.records import Record, Recording
-from pipelines import array_record_io as sink
-from pipelines import transforms
-from pipelines.array_record_io import WrittenShard
+from pipelines.beam import sink
+from pipelines.beam import steps as transforms
+from pipelines.beam.sink import WrittenShard
 from pipelines.build import PrepareSpec, describe, prepare
 
 FILES: dict[str, bytes] = {}

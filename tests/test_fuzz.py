@@ -32,11 +32,13 @@ from prepared import run_main, wav, write_zip
 from harmonic import config, data, records
 from harmonic.config import Config, load_config
 from harmonic.errors import UserError
-from pipelines import array_record_io, prepare, verify
-from pipelines.array_record_io import ShardWriter
+from pipelines import prepare
+from pipelines.audio.waveform import measure
+from pipelines.beam import sink as array_record_io
+from pipelines.beam.sink import ShardWriter
+from pipelines.inspection import verify
 from pipelines.sources import data_set, open_source
-from pipelines.stores import Unreadable
-from pipelines.waveforms import measure
+from pipelines.sources.files import Unreadable
 
 DOCUMENTED = (UserError, Unreadable)
 

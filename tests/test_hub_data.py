@@ -16,7 +16,7 @@ from hub_server import COMMIT, Fault, Hub, take_for_the_hub
 
 from harmonic.errors import UserError
 from pipelines.sources import data_set, open_source
-from pipelines.stores import Unreadable
+from pipelines.sources.files import Unreadable
 
 
 def wav(samples, seed=0):

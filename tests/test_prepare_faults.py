@@ -27,7 +27,9 @@ from prepared import (
 
 from harmonic import records
 from harmonic.errors import UserError
-from pipelines import build, prepare, runners, transforms, workers
+from pipelines import build, prepare
+from pipelines.beam import runners, workers
+from pipelines.beam import steps as transforms
 from pipelines.build import PrepareSpec
 
 
@@ -168,7 +170,7 @@ def test_outputs_that_cannot_be_written(refused, tmp_path):
 
 
 def test_a_full_disk_while_running(refused, tmp_path, monkeypatch):
-    from pipelines import array_record_io
+    from pipelines.beam import sink as array_record_io
 
     class Full(io.BytesIO):
         def write(self, data):

@@ -18,9 +18,10 @@ from test_archives import tar_bytes
 from test_hub_data import parquet, wav
 
 from harmonic import records
-from pipelines import build, remote
+from pipelines import build
 from pipelines.build import PrepareSpec
-from pipelines.stores import Archive
+from pipelines.sources import remote
+from pipelines.sources.files import Archive
 
 ROOT = Path(__file__).parent.parent
 LOOPBACK = ["--runner=PortableRunner", "--job_endpoint=embed", "--environment_type=LOOPBACK"]

@@ -6,8 +6,9 @@ import pytest
 from prepared import TWO_PROCESSES, mine, read_folder, write_zip
 
 from harmonic.records import SPLITS
-from pipelines import build, console, transforms
-from pipelines.array_record_io import stage_folder
+from pipelines import build, console
+from pipelines.beam import steps as transforms
+from pipelines.beam.sink import stage_folder
 from pipelines.build import PrepareSpec
 from pipelines.sources import SourceRecording
 

@@ -11,8 +11,8 @@ import pytest
 from hub_server import Fault, Hub
 
 from harmonic.errors import UserError
-from pipelines import remote
-from pipelines.remote import CloudFile, HttpFile, Refused, Transient
+from pipelines.sources import remote
+from pipelines.sources.remote import CloudFile, HttpFile, Refused, Transient
 
 DATA = random.Random(0).randbytes(1_000_000)
 

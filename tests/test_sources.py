@@ -12,9 +12,10 @@ import soundfile
 from hub_server import Hub, hub_environment
 
 from harmonic.errors import UserError
-from pipelines import sources, stores
+from pipelines import sources
 from pipelines.sources import data_set, open_source
-from pipelines.stores import Unreadable
+from pipelines.sources import files as stores
+from pipelines.sources.files import Unreadable
 
 __all__ = ["Hub", "hub_environment"]  # for the tests of whole data sets
 

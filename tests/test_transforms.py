@@ -7,8 +7,8 @@ import soundfile
 from harmonic import audio, records
 from harmonic.errors import UserError
 from harmonic.records import Shard, Skipped, Split
-from pipelines import transforms
-from pipelines.array_record_io import WrittenShard
+from pipelines.beam import steps as transforms
+from pipelines.beam.sink import WrittenShard
 from pipelines.build import PrepareSpec, describe
 from pipelines.sources import SourceRecording, data_set, open_source
 

@@ -13,8 +13,8 @@ import soxr
 from hypothesis import strategies as st
 
 from harmonic import audio
-from pipelines import waveforms
-from pipelines.stores import Unreadable
+from pipelines.audio import waveform as waveforms
+from pipelines.sources.files import Unreadable
 
 
 def noise(*shape, seed=0):

@@ -18,8 +18,17 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
 
 from harmonic.errors import UserError, one_line
-from pipelines.array_record_io import scratch_errors
-from pipelines.remote import CloudFile, RangeReader, Refused, RemoteFile, cloud_errors, cloud_tag, file_system, shown
+from pipelines.beam.sink import scratch_errors
+from pipelines.sources.remote import (
+    CloudFile,
+    RangeReader,
+    Refused,
+    RemoteFile,
+    cloud_errors,
+    cloud_tag,
+    file_system,
+    shown,
+)
 
 SPOOL_BYTES = 8 << 20  # what is larger goes to a temporary file
 # Beyond the first bytes, what shrinks by more than that is a decompression bomb. (Deflate and FLAC shrink silence by up

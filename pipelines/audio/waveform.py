@@ -27,8 +27,8 @@ from harmonic import loudness as levels
 from harmonic.audio import SAMPLE_RATE, encode, token_dtype
 from harmonic.errors import UserError, one_line
 from harmonic.records import MAX_CHANNELS
-from pipelines.array_record_io import scratch_errors
-from pipelines.stores import MAX_RATIO, RATIO_SLACK, SPOOL_BYTES, Unreadable
+from pipelines.beam.sink import scratch_errors
+from pipelines.sources.files import MAX_RATIO, RATIO_SLACK, SPOOL_BYTES, Unreadable
 
 MIN_RATE, MAX_RATE = 1_000, 768_000  # Hz
 _BLOCK_VALUES = 1 << 17  # samples times channels that are decoded at once

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from harmonic.errors import UserError, one_line
 from harmonic.records import Manifest, Record, RecordError, Recording, Shard, count_windows, read_index
-from pipelines.array_record_io import list_files
-from pipelines.stored import fetched, open_shard, read_record
+from pipelines.beam.sink import list_files
+from pipelines.inspection.shards import fetched, open_shard, read_record
 
 _OURS = re.compile(r".*\.array_record|.*\.recordings\.jsonl|_partial-.*|manifest\.json\.partial")
 

@@ -21,7 +21,8 @@ from apache_beam.metrics import Metrics
 
 from harmonic.errors import UserError
 from harmonic.records import SPLITS, Manifest, Record, Recording, Skipped, Split
-from pipelines.array_record_io import (
+from pipelines.audio.waveform import measure
+from pipelines.beam.sink import (
     ShardWriter,
     WrittenShard,
     clear,
@@ -38,8 +39,7 @@ from pipelines.array_record_io import (
     stage_folder,
 )
 from pipelines.sources import Source, SourceRecording
-from pipelines.stores import Unreadable
-from pipelines.waveforms import measure
+from pipelines.sources.files import Unreadable
 
 # A shard's split and number, and the id, label and bytes of each of its recordings. It travels as what Beam encodes
 # quickly, without a class of ours in it.

@@ -23,9 +23,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, cast
 
 from harmonic.errors import UserError, one_line
-from pipelines.array_record_io import scratch_errors
-from pipelines.remote import RemoteFile
-from pipelines.stores import Store, Unreadable, check_ratio, hidden, is_still, locked, spooled
+from pipelines.beam.sink import scratch_errors
+from pipelines.sources.files import Store, Unreadable, check_ratio, hidden, is_still, locked, spooled
+from pipelines.sources.remote import RemoteFile
 
 _BLOCK_BYTES = 1 << 20  # also the longest header that is read: a hostile one could claim gigabytes
 _XZ_MEMORY = 256 << 20  # bytes; `xz -9` takes 65 MiB

@@ -112,7 +112,7 @@ def serve(listener_fd: int) -> None:
     leave_out_unused()
     import apache_beam.runners.worker.sdk_worker_main  # noqa: F401
 
-    import pipelines.transforms  # noqa: F401
+    import pipelines.beam.steps  # noqa: F401
 
     gc.freeze()
     gc.enable()

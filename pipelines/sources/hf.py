@@ -24,10 +24,10 @@ from typing import Any, BinaryIO
 
 from harmonic.errors import UserError, one_line
 from harmonic.records import SPLITS
-from pipelines.hub import HubFile, no_leave
-from pipelines.remote import RangeReader, Refused, Transient
 from pipelines.sources import Source, SourceRecording, is_audio, natural_key, split_by_hash
-from pipelines.stores import Unreadable, open_remote
+from pipelines.sources.files import Unreadable, open_remote
+from pipelines.sources.hub import HubFile, no_leave
+from pipelines.sources.remote import RangeReader, Refused, Transient
 
 SPLIT_NAMES = {
     "train": {"train", "training"},

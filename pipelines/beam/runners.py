@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from harmonic.errors import UserError, one_line
-from pipelines.array_record_io import import_beam, is_local
-from pipelines.workers import LocalWorkers
+from pipelines.beam.sink import import_beam, is_local
+from pipelines.beam.workers import LocalWorkers
 
 DEFAULT_RUNNER = "FnApiRunner"
 _BEAM_THREADS = ("beam_control_read", "read_grpc_client_inputs", "run_worker")

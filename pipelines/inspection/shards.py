@@ -14,7 +14,7 @@ import numpy as np
 
 from harmonic.errors import UserError, one_line
 from harmonic.records import Manifest, Record, RecordError, Recording, Shard, decode_record, read_index
-from pipelines.array_record_io import disk_full, exists, is_local, join, open_file, scratch_errors
+from pipelines.beam.sink import disk_full, exists, is_local, join, open_file, scratch_errors
 
 
 @contextlib.contextmanager

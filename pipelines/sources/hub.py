@@ -21,9 +21,9 @@ from typing import Any, cast
 from tqdm import tqdm
 
 from harmonic.errors import UserError
-from pipelines.array_record_io import disk_full
-from pipelines.remote import HttpFile, Refused
-from pipelines.stores import locked
+from pipelines.beam.sink import disk_full
+from pipelines.sources.files import locked
+from pipelines.sources.remote import HttpFile, Refused
 
 _ELSEWHERE = "download it elsewhere and give its path as --source"
 _BLOCK_BYTES = 1 << 20

@@ -24,12 +24,12 @@ import soundfile
 from harmonic.audio import SAMPLE_RATE
 from harmonic.errors import UserError, one_line
 from harmonic.records import SPLITS
-from pipelines import synth
-from pipelines.hub import download, locate
-from pipelines.remote import CloudFile, HttpFile, Refused, RemoteFile, cloud_errors, file_system, shown
-from pipelines.runners import DEFAULT_RUNNER, is_elsewhere
-from pipelines.stores import Archive, CloudFolder, Folder, Store, Unreadable
-from pipelines.tarballs import Tar, tar_kind
+from pipelines.beam.runners import DEFAULT_RUNNER, is_elsewhere
+from pipelines.sources import synth
+from pipelines.sources.files import Archive, CloudFolder, Folder, Store, Unreadable
+from pipelines.sources.hub import download, locate
+from pipelines.sources.remote import CloudFile, HttpFile, Refused, RemoteFile, cloud_errors, file_system, shown
+from pipelines.sources.tar import Tar, tar_kind
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LISTS = {"validation": "validation_list.txt", "test": "testing_list.txt"}
@@ -374,7 +374,7 @@ def open_source(dataset: DataSet, source: str, runner: str = DEFAULT_RUNNER) -> 
     if source.startswith("hf:") and "://" not in source:
         if dataset.layout != "hash":
             raise UserError(f"{dataset.name} has a layout of its own; give hf: sources a --dataset name of your own")
-        from pipelines.hub_data import HubData
+        from pipelines.sources.hf import HubData
 
         return HubData(source)
     return FileSource(dataset, _open_store(dataset, source, runner))
