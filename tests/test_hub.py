@@ -183,7 +183,7 @@ def test_what_the_hub_s_own_tools_fetched_is_used(serve, tmp_path):
 def test_no_leave_to_read(serve, status, code):
     hub = serve(status=status, code=code)
     assert refusal() == (
-        f"{hub.url}/datasets/krandiash/sc09 asks for leave to read: accept its terms there, then log in with "
+        f"{hub.url}/datasets/krandiash/sc09 asks for permission to read: accept its terms there, then log in with "
         "`hf auth login` or set HF_TOKEN (on the machines of all workers), or give an archive that you have as --source"
     )
 

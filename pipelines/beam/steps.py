@@ -2,146 +2,31 @@
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 import dataclasses
-import functools
-import gzip
-import json
-import math
-import os
-import struct
-import time
-import zlib
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import apache_beam as beam
-from apache_beam.metrics import Metrics
 
-from harmonic.errors import UserError
+from harmonic.errors import UserError, one_line
 from harmonic.records import SPLITS, Manifest, Record, Recording, Skipped, Split
 from pipelines.audio.waveform import measure
-from pipelines.beam.sink import (
-    ShardWriter,
-    WrittenShard,
-    clear,
-    create_file,
-    flush_staged,
-    is_local,
-    join,
-    one_line,
-    open_file,
-    output_errors,
-    publish,
-    scratch_errors,
-    shard_name,
-    stage_folder,
-)
-from pipelines.sources import Source, SourceRecording
-from pipelines.sources.files import Unreadable
-
-# A shard's split and number, and the id, label and bytes of each of its recordings. It travels as what Beam encodes
-# quickly, without a class of ours in it.
-ShardRows = tuple[str, int, list[tuple[str, str | None, int]]]
-
-PROGRESS_ENTRY = struct.Struct("<QQQ")  # recordings, bytes of the source and samples since the last entry
-_REPORT_SECONDS = 0.2
-
-
-def _hash(recording: SourceRecording) -> int:
-    return zlib.crc32((recording.group or recording.id).encode())
-
-
-def shard_counts(
-    recordings: Iterable[SourceRecording], shard_bytes: int, wanted: int | None = None, most: int = 65_536
-) -> dict[str, int]:
-    """How many shards each split gets: a function of the listing alone.
-
-    `wanted`, or one for every `shard_bytes` of source and at most `most`; fewer where the recordings' hashes would
-    leave a shard empty.
-    """
-    ids: dict[str, list[int]] = {split: [] for split in SPLITS}
-    sizes = dict.fromkeys(SPLITS, 0)
-    for recording in recordings:
-        ids[recording.split].append(_hash(recording))
-        sizes[recording.split] += recording.size
-    counts = {}
-    for split, hashes in ids.items():
-        count = min(wanted or min(-(-sizes[split] // shard_bytes), most), len(hashes))
-        while count > 1 and len({value % count for value in hashes}) < count:
-            count -= -(-count // 16)
-        counts[split] = max(count, 1)
-    return counts
-
-
-def group_by_shard(recordings: Iterable[SourceRecording], counts: dict[str, int]) -> list[ShardRows]:
-    """What each shard is to hold, in the order of the listing; the largest shard first, so that workers that take them
-    in turn have about as much to do.
-
-    A recording's shard is the CRC-32 of its id or group, modulo its split's number of shards.
-    """
-    shards: dict[tuple[str, int], list[tuple[str, str | None, int]]] = {}
-    for recording in recordings:
-        key = recording.split, _hash(recording) % counts[recording.split]
-        shards.setdefault(key, []).append((recording.id, recording.label, recording.size))
-    largest_first = sorted(shards, key=lambda key: (-sum(size for _, _, size in shards[key]), key))
-    return [(*key, shards[key]) for key in largest_first]
-
-
-def stage_listing(folder: str, run: str, shards: Iterable[ShardRows], size: int) -> list[str]:
-    """Writes what each shard is to hold, a line of JSON, into files in the run's own folder; returns their paths.
-
-    Args:
-      folder, run: as for `ShardWriter`.
-      shards: what each is to hold.
-      size: recordings after which the next file begins.
-
-    Raises:
-      UserError: the folder cannot be written.
-    """
-    paths: list[str] = []
-    lines: list[str] = []
-    held = 0
-
-    def write() -> None:
-        nonlocal held
-        paths.append(join(stage_folder(folder, run), f"listing-{len(paths):05d}.gz"))
-        with create_file(paths[-1]) as file:
-            file.write(gzip.compress("\n".join(lines).encode(), 1))
-        lines.clear()
-        held = 0
-
-    with output_errors(folder):
-        if is_local(folder):
-            os.makedirs(stage_folder(folder, run), exist_ok=True)
-        for shard in shards:
-            lines.append(json.dumps(shard))
-            held += len(shard[2])
-            if held >= size:
-                write()
-        if lines:
-            write()
-    return paths
-
-
-def read_listing(path: str) -> Iterator[ShardRows]:
-    """The shards of a file of `stage_listing`."""
-    with open_file(path) as file:
-        for line in gzip.decompress(file.read()).splitlines():
-            split, index, rows = json.loads(line)
-            yield split, index, [tuple(row) for row in rows]
+from pipelines.beam.progress import Meter
+from pipelines.beam.shards import ShardRows
+from pipelines.beam.sink import ShardWriter, WrittenShard, clear, flush_staged, publish, shard_name
+from pipelines.errors import Unreadable, scratch_errors
+from pipelines.sources.base import Source
 
 
 class WriteShard(beam.DoFn):
-    """ShardRows → WrittenShard: reads, decodes, resamples, quantises and writes one shard.
+    """ShardRows -> WrittenShard: reads, decodes, resamples, quantises and writes one shard.
 
     Args:
       source: opens the recordings.
       counts: shards by split.
-      manifest: what the data set is; its splits and skipped recordings are not looked at.
-      folder, run: where to stage the shard, as for `ShardWriter`.
-      progress: as for `Meter`.
+      manifest: the data set's properties; its splits and skipped recordings are not used.
+      folder, run: as for `ShardWriter`.
+      progress: the path for `Meter`.
     """
 
     def __init__(
@@ -154,7 +39,7 @@ class WriteShard(beam.DoFn):
         self._progress = progress
 
     def start_bundle(self) -> None:
-        self._flusher = concurrent.futures.ThreadPoolExecutor(1)  # for the disk, while the next shard is written
+        self._flusher = concurrent.futures.ThreadPoolExecutor(1)  # waits for the disk while the next shard is written
         self._flushing: list[concurrent.futures.Future[None]] = []
 
     def finish_bundle(self) -> None:
@@ -217,54 +102,12 @@ class WriteShard(beam.DoFn):
             )
 
 
-class Meter:
-    """Counts what a worker does, and tells Beam's counters and the progress file of it now and then: for each short
-    recording both would cost as much as quantising it.
-
-    Args:
-      progress: a local file to which entries of `PROGRESS_ENTRY` are appended, or None.
-    """
-
-    def __init__(self, progress: str | None):
-        self._progress = progress
-        self._counts: collections.Counter[str] = collections.Counter()
-        self._started = time.monotonic()
-        self._reported = -math.inf
-
-    def add(self, name: str, value: int = 1) -> None:
-        """Adds to a counter."""
-        self._counts[name] += value
-
-    def report(self, at_once: bool = False) -> None:
-        """Tells what was counted since the last time, if that is long enough ago."""
-        now = time.monotonic()
-        if now - self._reported < _REPORT_SECONDS and not at_once:
-            return
-        counts, self._counts = self._counts, collections.Counter()
-        counts["milliseconds"] = round(1000 * (now - self._started))
-        self._started = self._reported = now
-        for name, value in counts.items():
-            if name not in ("done", "source_bytes"):
-                _counter(name).inc(value)
-        if self._progress is not None:
-            try:
-                with open(self._progress, "ab") as file:
-                    file.write(PROGRESS_ENTRY.pack(counts["done"], counts["source_bytes"], counts["samples"]))
-            except OSError:  # progress is not worth a run
-                self._progress = None
-
-
-@functools.cache
-def _counter(name: str) -> Any:
-    return Metrics.counter("harmonic", name)
-
-
 class Publish(beam.DoFn):
-    """A list of all WrittenShards → the Manifest, written: counts, publishes, and only then is there a data set.
+    """A list of all WrittenShards -> the Manifest: checks the counts, publishes the shards, writes the manifest last.
 
     Args:
-      listed: how many recordings the source listed, by split.
-      manifest: what the data set is, without splits and skipped recordings.
+      listed: number of recordings in the source's listing, by split.
+      manifest: the data set's properties, without splits and skipped recordings.
       folder, run: as for `ShardWriter`.
       complete: whether a skipped recording is an error.
     """
@@ -276,7 +119,7 @@ class Publish(beam.DoFn):
         self._complete = complete
 
     def process(self, shards: list[WrittenShard]) -> Iterator[Manifest]:
-        # Of a shard that was written twice, either will do.
+        # If a runner wrote a shard twice, either copy will do.
         written = sorted({shard.shard.file: shard for shard in shards}.values(), key=lambda s: s.shard.file)
         manifest = assemble(self._manifest, written)
         check_skipped(manifest, self._complete)
@@ -308,10 +151,10 @@ def assemble(manifest: Manifest, written: list[WrittenShard]) -> Manifest:
 
 
 def check_skipped(manifest: Manifest, complete: bool) -> None:
-    """Refuses skipped recordings where the data set is to be complete, and splits of which nothing is left.
+    """Refuses skipped recordings of a data set that must be complete, and splits without recordings.
 
     Raises:
-      UserError: names the first few recordings, and why they were skipped.
+      UserError: names the first few skipped recordings and the reasons.
     """
     skipped = manifest.skipped
     if complete and skipped:
@@ -327,7 +170,7 @@ def check_skipped(manifest: Manifest, complete: bool) -> None:
 
 
 def check_counts(manifest: Manifest, listed: dict[str, int]) -> None:
-    """Every listed recording was written or skipped, once.
+    """Checks that every listed recording was written or skipped, once.
 
     Raises:
       UserError: the runner lost or doubled recordings.
