@@ -34,7 +34,7 @@ from pipelines.beam.workers import LocalWorkers
 from pipelines.own_config import remove_config, write_config
 from pipelines.paths import is_local, join
 from pipelines.sources import open_source
-from pipelines.sources.base import Source
+from pipelines.sources.base import Source, SourceRecording
 from pipelines.sources.layouts import DATA_SETS, DataSet, data_set
 from pipelines.sources.remote import shown
 from pipelines.sources.splits import DEFAULT_RULE, DEFAULT_SHARES, SplitRule, split_rule
@@ -131,7 +131,30 @@ def prepare(spec: PrepareSpec, options: Sequence[str] = (), progress: Progress |
         with _alone(folder):
             if not spec.overwrite and read_manifest(folder) != existing:
                 raise UserError(f"another run has just written {folder}; run the same command again")
-            return _run(spec, dataset, source, rule, manifest, folder, options, workers, progress)
+            recordings = _recordings(source, rule, spec)
+            import_beam()
+            from pipelines.beam import graph
+
+            remove_config(folder)
+            clear(folder)
+            graph.run(
+                source,
+                recordings,
+                manifest,
+                folder=folder,
+                options=options,
+                num_shards=spec.num_shards,
+                complete=dataset.complete and not spec.allow_skipped,
+                workers=workers,
+                progress=progress,
+            )
+            written = read_manifest(folder)
+            if written is None:
+                raise UserError(
+                    f"the runner ended without an error and without a data set in {folder}; use another --runner"
+                )
+            write_config(folder, written)
+            return written
 
 
 def _completed(spec: PrepareSpec, existing: Manifest) -> PrepareSpec:
@@ -204,45 +227,16 @@ def _split_rule(spec: PrepareSpec, dataset: DataSet) -> SplitRule:
     return SplitRule() if rule.shares == DEFAULT_SHARES and not str(spec.source).startswith("hf:") else rule
 
 
-def _run(
-    spec: PrepareSpec,
-    dataset: DataSet,
-    source: Source,
-    rule: SplitRule,
-    manifest: Manifest,
-    folder: str,
-    options: Sequence[str],
-    workers: LocalWorkers | None,
-    progress: Progress | None,
-) -> Manifest:
+def _recordings(source: Source, rule: SplitRule, spec: PrepareSpec) -> Sequence[SourceRecording]:
+    """The source's listing, with recordings in every split."""
     recordings = rule.apply(source.list())
     for split in SPLITS:
         if not any(recording.split == split for recording in recordings):
             raise UserError(
                 f"source {spec.source} has no recordings for split {split}; "
-                + ("give the whole data set" if dataset.name in DATA_SETS else "add recordings, or cut a long one")
+                + ("give the whole data set" if spec.dataset in DATA_SETS else "add recordings, or cut a long one")
             )
-    import_beam()
-    from pipelines.beam import graph
-
-    remove_config(folder)
-    clear(folder)
-    graph.run(
-        source,
-        recordings,
-        manifest,
-        folder=folder,
-        options=options,
-        num_shards=spec.num_shards,
-        complete=dataset.complete and not spec.allow_skipped,
-        workers=workers,
-        progress=progress,
-    )
-    written = read_manifest(folder)
-    if written is None:
-        raise UserError(f"the runner ended without an error and without a data set in {folder}; use another --runner")
-    write_config(folder, written)
-    return written
+    return recordings
 
 
 def resolve(spec: PrepareSpec) -> tuple[DataSet, PrepareSpec]:

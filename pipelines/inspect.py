@@ -31,7 +31,7 @@ from harmonic.records import MANIFEST_NAME, SPLITS, Manifest, count_windows
 from pipelines.beam.sink import read_manifest
 from pipelines.console import Parser, ProgressLine, clock, columns, guarded, manifest_lines, skipped_lines
 from pipelines.errors import output_errors
-from pipelines.inspection.shards import Located, pieces, recordings
+from pipelines.inspection.reading import Located, pieces, recordings
 from pipelines.inspection.survey import QUANTILES, Survey, plot, survey
 from pipelines.inspection.verify import Verifier
 from pipelines.paths import is_local

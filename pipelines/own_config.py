@@ -6,8 +6,8 @@ import contextlib
 
 from harmonic.errors import UserError
 from harmonic.records import Manifest
-from pipelines.beam.files import read_file, remove_file, write_file
 from pipelines.beam.sink import read_manifest
+from pipelines.beam.storage import read_file, remove_file, write_file
 from pipelines.sources.layouts import DATA_SETS
 
 CONFIG_NAME = "config.py"

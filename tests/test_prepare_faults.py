@@ -28,7 +28,7 @@ from prepared import (
 from harmonic import records
 from harmonic.errors import UserError
 from pipelines import build, prepare
-from pipelines.beam import runners, shards, sink, steps, workers
+from pipelines.beam import runners, sharding, sink, steps, workers
 from pipelines.build import PrepareSpec
 
 
@@ -184,14 +184,14 @@ def test_a_full_disk_while_running(refused, tmp_path, monkeypatch):
 
 
 def test_a_runner_that_loses_recordings_is_noticed(refused, tmp_path, monkeypatch):
-    group = shards.group_by_shard
+    group = sharding.group_by_shard
 
     def lossy(*given):
         rows = group(*given)
         rows[0][2].pop()
         return rows
 
-    monkeypatch.setattr(shards, "group_by_shard", lossy)
+    monkeypatch.setattr(sharding, "group_by_shard", lossy)
     source = write_zip(tmp_path / "a.zip", mine())
     line = refused("--dataset", "mine", "--source", source, "--output_dir", tmp_path)
     assert "the runner lost recordings of split" in line

@@ -7,7 +7,7 @@ from prepared import TWO_PROCESSES, mine, read_folder, write_zip
 
 from harmonic.records import SPLITS
 from pipelines import build, console
-from pipelines.beam import graph, progress, shards
+from pipelines.beam import graph, progress, sharding
 from pipelines.beam.sink import stage_folder
 from pipelines.build import PrepareSpec
 from pipelines.sources.base import SourceRecording
@@ -65,9 +65,9 @@ def test_progress_is_reported_while_running(tmp_path, monkeypatch, options):
 def test_a_listing_travels_by_files(tmp_path):
     rows = [(f"\u00e9/{i}.wav", "a\nb" if i % 2 else None, 10**12 + i) for i in range(25)]
     listed = [(SPLITS[i % 3], i // 3, rows[5 * i : 5 * i + 5]) for i in range(5)]
-    paths = shards.stage_listing(str(tmp_path), "0" * 32, listed, 8)
+    paths = sharding.stage_listing(str(tmp_path), "0" * 32, listed, 8)
     assert [path.rsplit("/", 1)[0] for path in paths] == 3 * [stage_folder(str(tmp_path), "0" * 32)]
-    assert [shard for path in paths for shard in shards.read_listing(path)] == listed
+    assert [shard for path in paths for shard in sharding.read_listing(path)] == listed
 
 
 @pytest.mark.parametrize("options", [(), TWO_PROCESSES])
@@ -83,5 +83,5 @@ def test_a_long_listing_gives_the_same_bytes(tmp_path, monkeypatch, options):
 
 def test_shards_grow_with_the_data_set_and_not_their_number():
     recordings = [SourceRecording(f"{i}.wav", "train", None, 1 << 40) for i in range(2_000)]
-    assert shards.shard_counts(recordings, graph.SHARD_BYTES, most=100)["train"] == 100
-    assert shards.shard_counts(recordings, graph.SHARD_BYTES, 150, most=100)["train"] == 150  # as it is asked for
+    assert sharding.shard_counts(recordings, graph.SHARD_BYTES, most=100)["train"] == 100
+    assert sharding.shard_counts(recordings, graph.SHARD_BYTES, 150, most=100)["train"] == 150  # as it is asked for

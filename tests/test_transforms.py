@@ -8,7 +8,7 @@ from harmonic import audio, records
 from harmonic.errors import UserError
 from harmonic.records import Shard, Skipped, Split
 from pipelines.beam import steps
-from pipelines.beam.shards import group_by_shard, shard_counts
+from pipelines.beam.sharding import group_by_shard, shard_counts
 from pipelines.beam.sink import WrittenShard
 from pipelines.build import PrepareSpec, new_manifest
 from pipelines.sources import open_source

@@ -17,7 +17,7 @@ from apache_beam.options.pipeline_options import PipelineOptions, SetupOptions
 
 from harmonic.errors import UserError
 from harmonic.records import SPLITS, Manifest
-from pipelines.beam import shards
+from pipelines.beam import sharding
 from pipelines.beam.loading import uncollected
 from pipelines.beam.progress import Progress, watched
 from pipelines.beam.runners import local_runner, quiet, unwrap
@@ -62,14 +62,14 @@ def build(
     Returns:
       A collection of one element, the manifest as it was written.
     """
-    counts = shards.shard_counts(recordings, SHARD_BYTES, num_shards, MAX_SHARDS)
+    counts = sharding.shard_counts(recordings, SHARD_BYTES, num_shards, MAX_SHARDS)
     listed = {split: sum(recording.split == split for recording in recordings) for split in SPLITS}
-    rows = shards.group_by_shard(recordings, counts)
+    rows = sharding.group_by_shard(recordings, counts)
     if len(recordings) <= MAX_IN_GRAPH:
         listing = pipeline | "Shards" >> beam.Create(rows, reshuffle=False)
     else:
-        files = shards.stage_listing(folder, run, rows, _LISTING_ROWS)
-        listing = pipeline | "Listing" >> beam.Create(files) | "ReadListing" >> beam.FlatMap(shards.read_listing)
+        files = sharding.stage_listing(folder, run, rows, _LISTING_ROWS)
+        listing = pipeline | "Listing" >> beam.Create(files) | "ReadListing" >> beam.FlatMap(sharding.read_listing)
     return (
         listing
         | "Spread" >> beam.Reshuffle()

@@ -29,7 +29,7 @@ from harmonic.records import (
     index_line,
     load_manifest,
 )
-from pipelines.beam.files import create_file, delete, exists, file_systems, flush, list_files, open_file, rename
+from pipelines.beam.storage import create_file, delete, exists, file_systems, flush, list_files, open_file, rename
 from pipelines.errors import output_errors, scratch_errors
 from pipelines.paths import is_local, join
 

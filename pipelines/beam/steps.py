@@ -12,7 +12,7 @@ from harmonic.errors import UserError, one_line
 from harmonic.records import SPLITS, Manifest, Record, Recording, Skipped, Split
 from pipelines.audio.waveform import measure
 from pipelines.beam.progress import Meter
-from pipelines.beam.shards import ShardRows
+from pipelines.beam.sharding import ShardRows
 from pipelines.beam.sink import ShardWriter, WrittenShard, clear, flush_staged, publish, shard_name
 from pipelines.errors import Unreadable, scratch_errors
 from pipelines.sources.base import Source

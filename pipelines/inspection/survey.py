@@ -13,7 +13,7 @@ import numpy as np
 
 from harmonic.errors import UserError
 from harmonic.records import Manifest, RecordError
-from pipelines.inspection.shards import fetched, open_shard, read_record, recordings
+from pipelines.inspection.reading import fetched, open_shard, read_record, recordings
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _EXTREMES = 5  # how many of the loudest and of the quietest recordings are named

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from harmonic.errors import UserError, one_line
 from harmonic.records import Manifest, Record, RecordError, Recording, Shard, count_windows, read_index
-from pipelines.beam.files import list_files
-from pipelines.inspection.shards import fetched, open_shard, read_record
+from pipelines.beam.storage import list_files
+from pipelines.inspection.reading import fetched, open_shard, read_record
 
 _OURS = re.compile(r".*\.array_record|.*\.recordings\.jsonl|_partial-.*|manifest\.json\.partial")
 

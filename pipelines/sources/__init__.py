@@ -11,7 +11,7 @@ import os
 from harmonic.errors import UserError
 from pipelines.sources.base import Files, Source
 from pipelines.sources.cloud import CloudFile, CloudFolder, cloud_errors, file_system
-from pipelines.sources.files import FileSource
+from pipelines.sources.file_source import FileSource
 from pipelines.sources.folder import Folder
 from pipelines.sources.hub import download, locate
 from pipelines.sources.layouts import AudioFiles, DataSet

@@ -80,7 +80,7 @@ class Files(abc.ABC):
 
     @abc.abstractmethod
     def stamp(self, name: str) -> tuple[object, ...]:
-        """The name, and values that change when the file does."""
+        """Values that change when the file does."""
 
     def close(self) -> None:  # noqa: B027 - a folder keeps nothing open
         """Closes an archive; the next use opens it again."""

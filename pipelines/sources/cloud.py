@@ -139,4 +139,4 @@ class CloudFolder(Files):
         return open_remote(CloudFile(f"{self._url}/{name}"), name)
 
     def stamp(self, name: str) -> tuple[object, ...]:
-        return (name, *self._list()[name])
+        return self._list()[name]

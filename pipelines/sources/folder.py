@@ -51,7 +51,7 @@ class Folder(Files):
         return io.BufferedReader(file)
 
     def stamp(self, name: str) -> tuple[object, ...]:
-        return (name, *self._stamps[name])
+        return self._stamps[name]
 
 
 def _without_waiting(path: str, flags: int) -> int:

@@ -90,7 +90,7 @@ class Tar(Files):
 
     def stamp(self, name: str) -> tuple[object, ...]:
         entry = self._members[name]
-        return (name, entry.size, entry.time)
+        return entry.size, entry.time
 
     def close(self) -> None:
         if self._plain is not None:

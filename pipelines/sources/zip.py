@@ -93,7 +93,7 @@ class Zip(Files):
 
     def stamp(self, name: str) -> tuple[object, ...]:
         info = self._open().getinfo(name)
-        return (name, info.file_size, info.CRC)
+        return info.file_size, info.CRC
 
     def close(self) -> None:
         if self._zip is not None:

@@ -9,8 +9,8 @@ import zlib
 from collections.abc import Iterable, Iterator
 
 from harmonic.records import SPLITS
-from pipelines.beam.files import create_file, open_file
 from pipelines.beam.sink import stage_folder
+from pipelines.beam.storage import create_file, open_file
 from pipelines.errors import output_errors
 from pipelines.paths import is_local, join
 from pipelines.sources.base import SourceRecording

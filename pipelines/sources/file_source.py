@@ -25,7 +25,7 @@ class FileSource(Source):
                 name.encode()
             except UnicodeEncodeError:
                 raise UserError(f"{files.path} holds a name that is not UTF-8, {name!r}; rename it") from None
-        self._deciding: set[str] = set()  # names below the root of files that assign splits
+        self._deciding: set[str] = set()  # files that the layout has read
         with self._misfits():
             self._root = dataset.layout.root(self._sizes)
 
@@ -64,11 +64,10 @@ class FileSource(Source):
         return self._files.open(self._root + recording)
 
     def fingerprint(self) -> str:
-        names = sorted([*(recording.id for recording in self._listing), *self._deciding])
+        names = [recording.id for recording in self._listing]
         digest = hashlib.sha256()
-        for name in names:
-            stamp = (name, *self._files.stamp(self._root + name)[1:])
-            digest.update(repr(stamp).encode())
+        for name in sorted([*names, *self._deciding]):
+            digest.update(repr((name, *self._files.stamp(self._root + name))).encode())
         return digest.hexdigest()
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from harmonic.errors import UserError, one_line
 from harmonic.records import Manifest, Record, RecordError, Recording, Shard, decode_record, read_index
-from pipelines.beam.files import exists, open_file
+from pipelines.beam.storage import exists, open_file
 from pipelines.errors import disk_full, scratch_errors
 from pipelines.paths import is_local, join
 
