@@ -8,7 +8,8 @@ split, where an order-1 Markov model needs 5.2.
 Many small steps: at an equal number of samples, 900 steps of 4 x 4,000 end a quarter of a bit below 450 of 2 x 16,000.
 """
 
-from harmonic.config import Config, DataConfig, EvaluateConfig, GenerateConfig, ModelConfig, TrainConfig
+from harmonic.config import Config, DataConfig, EvaluateConfig, GenerateConfig, TrainConfig
+from harmonic.models.harmonic_rnn.config import ModelConfig
 
 
 def get_config() -> Config:

@@ -7,7 +7,8 @@ whole recordings. The learning rate is four times the paper's, and the average o
 since the run is short.
 """
 
-from harmonic.config import Config, DataConfig, EvaluateConfig, GenerateConfig, ModelConfig, TrainConfig
+from harmonic.config import Config, DataConfig, EvaluateConfig, GenerateConfig, TrainConfig
+from harmonic.models.harmonic_rnn.config import ModelConfig
 
 
 def get_config() -> Config:

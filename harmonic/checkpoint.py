@@ -23,10 +23,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from harmonic import files, processes
+from harmonic import files, models, processes
 from harmonic.config import Config, load_config
 from harmonic.errors import UserError
-from harmonic.models import HarmonicRNN
+from harmonic.models.base import Model
 
 _ITEMS = ("params", "ema", "optimizer")
 _FOLDER = "checkpoints"
@@ -271,13 +271,18 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
-def check_architecture(meta: dict[str, Any], config: Config, where: str) -> None:
+def check_architecture(theirs: dict[str, Any], config: Config, where: str) -> None:
     """Refuses weights of another architecture than the config's.
+
+    Args:
+      theirs: as `model_description` gives it.
+      config: of the run that is to take the weights.
+      where: what they are, for the error.
 
     Raises:
       UserError: names the fields that differ.
     """
-    theirs, ours = meta["model"], model_description(config)
+    theirs, ours = {"kind": models.DEFAULT_KIND, **theirs}, model_description(config)
     differing = [
         f"{key} is {theirs.get(key)!r} there and {ours[key]!r} here" for key in ours if theirs.get(key) != ours[key]
     ]
@@ -287,12 +292,7 @@ def check_architecture(meta: dict[str, Any], config: Config, where: str) -> None
 
 def model_description(config: Config) -> dict[str, Any]:
     """What decides a model's parameters, in JSON's types."""
-    fields = dataclasses.asdict(config.model)
-    fields["blocks_per_level"] = list(config.model.level_blocks)
-    fields["pool_factors"] = list(config.model.pool_factors)
-    for name in ("dropout", "embedding_dropout"):
-        del fields[name]
-    return {**fields, "num_levels": config.data.num_levels}
+    return {**config.model.architecture(), "num_levels": config.data.num_levels}
 
 
 def load_run_config(workdir: str | Path) -> Config:
@@ -322,7 +322,7 @@ class Weights:
       sha256: of the values themselves: the same weights have the same.
     """
 
-    model: HarmonicRNN
+    model: Model
     params: dict[str, Any]
     config: Config
     step: int
@@ -351,14 +351,14 @@ def load_weights(workdir: str | Path, checkpoint: str = "best", *, raw: bool = F
 
 
 def _load_weights(workdir: str | Path, config: Config, checkpoint: str, raw: bool) -> Weights:
-    model = HarmonicRNN(config.model, config.data.num_levels)
+    model = models.make(config.model, config.data.num_levels)
     checkpoints = Checkpoints(workdir, read_only=True)
     step = None
     try:
         step = checkpoints.whole(checkpoint)
         if step is None:
             raise UserError(f"{workdir} has no checkpoint yet; train it: python -m workflows.train --workdir={workdir}")
-        check_architecture(checkpoints.meta(step), config, f"{workdir}, step {step},")
+        check_architecture(checkpoints.meta(step)["model"], config, f"{workdir}, step {step},")
         kind = "params" if raw or not config.train.ema_decay else "ema"
         # Onto one device, wherever they lay when they were written.
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -4,8 +4,8 @@
     audio = model.generate(seconds=4, num_samples=2)     # float32 [2, samples] at model.sample_rate
 
 An export (`harmonic.export`) is a folder of `config.json` (`read_config` checks it) and `model.safetensors`: float32
-arrays named by their path in `HarmonicRNN.init`'s dict, joined by dots (`blocks.temporal.gate.kernel`, its first axis
-the blocks'). Nothing else in a folder is read, and nothing in it is executed.
+arrays named by their path in the dict of the model's `init`, joined by dots (`blocks.temporal.gate.kernel`, its first
+axis the blocks'). Nothing else in a folder is read, and nothing in it is executed.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from harmonic import audio, generate, hub
+from harmonic import audio, generate, hub, models
 from harmonic.config import Config, from_dict
 from harmonic.errors import UserError
-from harmonic.models import HarmonicRNN
+from harmonic.models.base import Model
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -49,7 +49,7 @@ class Pretrained:
       about: what else an export's config.json says (`weights`, `data`); empty for a run's folder.
     """
 
-    model: HarmonicRNN
+    model: Model
     params: dict[str, Any] = dataclasses.field(repr=False)
     config: Config
     sample_rate: int
@@ -206,7 +206,7 @@ def read_export(folder: Path, *, again: str = "export it again") -> Pretrained:
       UserError: says what differs.
     """
     about, config = read_config(folder / CONFIG)
-    model = HarmonicRNN(config.model, config.data.num_levels)
+    model = models.make(config.model, config.data.num_levels)
     params = _read_weights(folder / WEIGHTS, model, about["weights"]["sha256"], again)
     rate, loudness = about["sample_rate"], about["data"]["loudness"]
     return Pretrained(model, params, config, rate, loudness, {name: about[name] for name in ("weights", "data")})
@@ -256,7 +256,7 @@ def flatten(params: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _read_weights(path: Path, model: HarmonicRNN, sha256: str, again: str) -> dict[str, Any]:
+def _read_weights(path: Path, model: Model, sha256: str, again: str) -> dict[str, Any]:
     expected = jax.eval_shape(model.init, jax.random.key(0))
     shapes = {name: ("F32", leaf.shape) for name, leaf in flatten(expected).items()}
     try:

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from harmonic import audio, files, locks, processes
+from harmonic import audio, files, locks, models, processes
 from harmonic import mesh as meshes
 from harmonic.checkpoint import Checkpoints, check_architecture, load_run_config, load_weights, model_description
 from harmonic.config import Config
@@ -30,7 +30,7 @@ from harmonic.errors import UserError
 from harmonic.evaluate import evaluate_split
 from harmonic.generate import generate
 from harmonic.metrics import MetricsWriter, Progress
-from harmonic.models import HarmonicRNN
+from harmonic.models.base import Model
 from harmonic.records import MANIFEST_NAME
 from harmonic.step import TrainState, init_state, learning_rate, make_train_step
 
@@ -69,11 +69,8 @@ def place_batch(batch: dict[str, np.ndarray], config: Config, mesh: Mesh) -> dic
     def place(spec: jax.sharding.PartitionSpec, local: np.ndarray, *shape: int) -> jax.Array:
         return jax.make_array_from_process_local_data(meshes.sharding(mesh, spec), local, shape)
 
-    return {
-        "tokens": place(meshes.TOKENS, tokens, segments, rows, length, tokens.shape[-1]),
-        "length": place(meshes.ROWS, batch["length"], rows),
-        "row": place(meshes.ROWS, batch["row"], rows),
-    }
+    placed = {name: place(meshes.ROWS, value, rows) for name, value in batch.items() if name != "tokens"}
+    return {"tokens": place(meshes.TOKENS, tokens, segments, rows, length, tokens.shape[-1]), **placed}
 
 
 @contextlib.contextmanager
@@ -126,7 +123,7 @@ def train(config: Config, data: str | Path, workdir: str | Path, *, init_from: s
 
 def _train(config: Config, dataset: Dataset, workdir: Path, init_from: str | None, started: float) -> TrainResult:
     lead = processes.current()[0] == 0
-    model = HarmonicRNN(config.model, config.data.num_levels, dataset.manifest.channels)
+    model = models.make(config.model, config.data.num_levels, dataset.manifest.channels)
     mesh = meshes.make_mesh(config.mesh)
     part = meshes.process_part(mesh)
     batches = train_batches(dataset, config, shard=part.rows, piece=part.piece)
@@ -141,7 +138,7 @@ def _train(config: Config, dataset: Dataset, workdir: Path, init_from: str | Non
     latest = checkpoints.step("latest")
     if latest is not None:
         meta = checkpoints.meta(latest)
-        check_architecture(meta, config, str(workdir))
+        check_architecture(meta["model"], config, str(workdir))
         abstract = jax.eval_shape(lambda: init_state(config, model))
         abstract = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=replicated), abstract)
         state = TrainState(**checkpoints.restore(latest, abstract._asdict()))
@@ -150,7 +147,7 @@ def _train(config: Config, dataset: Dataset, workdir: Path, init_from: str | Non
         params = None
         if init_from:
             weights = load_weights(init_from)
-            check_architecture({"model": model_description(weights.config)}, config, init_from)
+            check_architecture(model_description(weights.config), config, init_from)
             params = jax.tree.map(np.asarray, weights.params)
         state = jax.jit(lambda p: init_state(config, model, p), out_shardings=replicated)(params)
     step = int(meta["step"])
@@ -250,7 +247,7 @@ def _due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def _validate(model: HarmonicRNN, config: Config, state: TrainState, dataset: Dataset) -> float:
+def _validate(model: Model, config: Config, state: TrainState, dataset: Dataset) -> float:
     """Bits per sample of the validation split: each process evaluates its share, on one of its devices."""
     ours = evaluate_split(
         model,
@@ -259,6 +256,7 @@ def _validate(model: HarmonicRNN, config: Config, state: TrainState, dataset: Da
         config,
         limit=config.train.validation_recordings,
         shard=processes.current(),
+        labels=dataset.labels(),
     )
     shares = [json.loads(text) for text in processes.gather(json.dumps([ours.nats, ours.samples]))]
     nats, samples = (sum(numbers) for numbers in zip(*shares, strict=True))
@@ -271,7 +269,7 @@ def _local_weights(config: Config, state: TrainState) -> Any:
 
 
 def _write_samples(
-    model: HarmonicRNN, config: Config, state: TrainState, dataset: Dataset, writer: MetricsWriter, step: int
+    model: Model, config: Config, state: TrainState, dataset: Dataset, writer: MetricsWriter, step: int
 ) -> None:
     """Process 0 generates, from the same random numbers each time, and the others wait: training takes no notice."""
     if processes.current()[0] == 0:
@@ -350,7 +348,8 @@ def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 
 def _differences(old: Config, new: Config) -> Iterator[str]:
     theirs, ours = (_flatten(dataclasses.asdict(c)) for c in (old, new))
+    allowed = *_FREE, *(f"model.{name}" for name in new.model.free)
     for path, value in theirs.items():
-        free = any(path == name or path.startswith(f"{name}.") for name in _FREE)
-        if ours[path] != value and not free:
-            yield f"{path} is {value!r} there and {ours[path]!r} here"
+        free = any(path == name or path.startswith(f"{name}.") for name in allowed)
+        if ours.get(path) != value and not free:
+            yield f"{path} is {value!r} there and {ours.get(path)!r} here"

@@ -27,7 +27,6 @@ from harmonic.checkpoint import Checkpoints, load_weights, model_description
 from harmonic.errors import UserError
 from harmonic.export import export_run
 from harmonic.model_card import public_command, public_source
-from harmonic.models import HarmonicRNN
 from harmonic.step import init_state
 
 
@@ -36,7 +35,7 @@ def make_run(tiny_data, tmp_path_factory):
     """(change of the state) -> a run's folder, of a model that has learnt nothing."""
 
     ours = config("generate.temperature=0.9")
-    untrained = jax.jit(lambda: init_state(ours, HarmonicRNN(ours.model)))()._asdict()
+    untrained = jax.jit(lambda: init_state(ours, make(ours.model)))()._asdict()
 
     def make(change=lambda state: state, step=7):
         folder = tmp_path_factory.mktemp("run")

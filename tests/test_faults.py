@@ -18,7 +18,7 @@ from harmonic.checkpoint import Checkpoints, load_weights
 from harmonic.data import Dataset, train_batches
 from harmonic.errors import UserError
 from harmonic.metrics import read_metrics
-from harmonic.models import HarmonicRNN
+from harmonic.models import make
 from harmonic.step import init_state
 from pipelines.build import PrepareSpec, prepare
 from workflows import stages
@@ -43,7 +43,7 @@ def run(reference, tmp_path):
 def state_of(workdir, ours=None):
     """(step, all that a checkpoint holds of the latest state)."""
     ours = ours or config()
-    target = jax.eval_shape(lambda: init_state(ours, HarmonicRNN(ours.model)))._asdict()
+    target = jax.eval_shape(lambda: init_state(ours, make(ours.model)))._asdict()
     checkpoints = Checkpoints(workdir, read_only=True)
     step = checkpoints.step("latest")
     restored = checkpoints.restore(step, target)

@@ -25,7 +25,7 @@ import pytest
 import soundfile
 
 from harmonic.checkpoint import Checkpoints, load_run_config
-from harmonic.models import HarmonicRNN
+from harmonic.models import make
 from harmonic.step import init_state
 
 ROOT = Path(__file__).parents[1]
@@ -217,7 +217,7 @@ def names(folder):
 
 def checkpoints_of(workdir):
     config = load_run_config(workdir)
-    target = jax.eval_shape(lambda: init_state(config, HarmonicRNN(config.model)))._asdict()
+    target = jax.eval_shape(lambda: init_state(config, make(config.model)))._asdict()
     checkpoints = Checkpoints(workdir, read_only=True)
     try:
         steps = {which: checkpoints.step(which) for which in ("latest", "best")}

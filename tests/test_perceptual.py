@@ -20,7 +20,7 @@ from harmonic.config import override
 from harmonic.data import Dataset
 from harmonic.errors import UserError
 from harmonic.generate import generate
-from harmonic.models import HarmonicRNN
+from harmonic.models import make
 from harmonic.perceptual import fit as fitting
 from harmonic.perceptual import measure
 from harmonic.perceptual.classifier import Classifier
@@ -168,17 +168,17 @@ def test_data_that_no_classifier_can_learn_is_refused(tmp_path, tiny_data):
 
 
 def test_streams_have_their_numbers_and_their_own_likelihood():
-    model, params = HarmonicRNN(MODEL), parameters(np.float32)
+    model, params = make(MODEL), parameters(np.float32)
 
-    def make(**more):
+    def made(**more):
         chunks = list(generate(model, params, length=90, chunk=40, seed=3, temperature=0.8, **more))
         return np.concatenate([c.tokens for c in chunks], 1), sum(c.nats for c in chunks)
 
-    tokens, nats = make(batch=5)
-    later, later_nats = make(batch=3, first_stream=2)
+    tokens, nats = made(batch=5)
+    later, later_nats = made(batch=3, first_stream=2)
     np.testing.assert_array_equal(later, tokens[2:])
     np.testing.assert_allclose(later_nats, nats[2:], rtol=1e-5)
-    logits, _ = model.apply(params, {"tokens": tokens.astype(np.int32)}, model.init_state(5))
+    logits, _ = model.apply(model.prepare(params), {"tokens": tokens.astype(np.int32)}, model.init_state(5))
     np.testing.assert_allclose(nats, -model.log_prob(logits, tokens).sum(1), rtol=1e-4)
 
 

@@ -17,7 +17,7 @@ from harmonic import audio
 from harmonic.config import Config, config_names, load_config
 from harmonic.describe import count
 from harmonic.errors import UserError
-from harmonic.models import HarmonicRNN
+from harmonic.models import make
 from harmonic.study import csv_text, findings, markdown, number, rows, tables, write_study
 
 HOSTILE = "<script>alert('x')</script>|\"&amp; </style>"
@@ -46,7 +46,7 @@ def test_runs_of_a_study_differ_in_one_thing(name, size):
 
 
 def parameters(config):
-    return count(jax.eval_shape(HarmonicRNN(config.model).init, jax.random.key(0)))
+    return count(jax.eval_shape(make(config.model).init, jax.random.key(0)))
 
 
 def test_paper_sizes_have_the_published_parameters():

@@ -20,14 +20,14 @@ from harmonic.data import Dataset, train_batches
 from harmonic.errors import UserError
 from harmonic.mesh import make_mesh
 from harmonic.metrics import read_metrics
-from harmonic.models import HarmonicRNN
+from harmonic.models import make
 from harmonic.step import init_state
 
 
 def final_state(workdir):
     checkpoints = Checkpoints(workdir, read_only=True)
     ours = config()
-    target = jax.eval_shape(lambda: init_state(ours, HarmonicRNN(ours.model)))._asdict()
+    target = jax.eval_shape(lambda: init_state(ours, make(ours.model)))._asdict()
     step = checkpoints.step("latest")
     restored = checkpoints.restore(step, target)
     checkpoints.close()

@@ -1,10 +1,10 @@
 """A stack of residual blocks for one sample of a few streams, as machine code for CPUs: generation's inner loop.
 
-Weights are read once a sample, in the order in which they lie; all that passes between two products stays in the
-nearest cache. Each block is cut into two parts, which two threads can run side by side (`team`): a part has half of the
-channels and of the features, multiplies by those columns and then by those rows, and the two parts' sums are added up
-by both. One thread alone makes the same two sums, and rows do not meet: a stream's bits depend neither on the threads
-nor on the batch.
+It is the implementation of `kernels.block_step` that is called `native`. Weights are read once a sample, in the order
+in which they are stored; everything else fits the nearest cache. Each block is cut into two parts, which two threads
+can run side by side (`helper_thread`). A part has half of the channels and of the features: it multiplies by those
+columns and then by those rows, and both parts add up the two sums. One thread alone makes the same two sums, and no
+sum runs over rows: a stream's bits depend neither on the threads nor on the batch.
 """
 
 from __future__ import annotations
@@ -17,29 +17,28 @@ import jax.numpy as jnp
 import numpy as np
 from llvmlite import ir
 
-from harmonic.kernels import machine, native, team
+from harmonic.kernels.arithmetic import Gates, Pair, add, gelu_share, multiply
+from harmonic.kernels.cpu import ffi, helper_thread, llvm
+from harmonic.kernels.cpu.llvm import INT32, INT64, POINTER, Floats, Value, int64
 from harmonic.kernels.dense import EPSILON
-from harmonic.kernels.machine import Floats, Value
-from harmonic.kernels.reference import Pair
+from harmonic.kernels.plain_step import BlockWeights
 
 _LANES = 16
 _ACCUMULATORS = 20  # of 32 registers
 _ROWS = (4, 2, 1)  # of a batch at a time
-_INT64, _POINTER = ir.IntType(64), ir.PointerType()
-_PARTS = team.PARTS
+_PARTS = helper_thread.PARTS
 
 
-def fits(width: int, channels: int, dtype: jnp.dtype) -> bool:
-    """Whether `run` takes blocks of these sizes."""
+def fits(width: int, channels: int, dtype: Any) -> bool:
+    """Whether `run` takes blocks of these sizes and this type."""
     halves = _LANES * _PARTS
-    return machine.available() and dtype == jnp.float32 and width % halves == 0 and channels % halves == 0
+    return dtype == jnp.float32 and width % halves == 0 and channels % halves == 0
 
 
-def pack(blocks: Any) -> jax.Array:
-    """`models.layers.BlockWeights` along a leading axis, as [blocks, parts, floats] in the order in which `run` reads
-    them."""
+def pack(blocks: BlockWeights) -> jax.Array:
+    """Weights along a leading axis, as [blocks, parts, floats] in the order in which `run` reads them."""
 
-    def part(weights: Any, number: int) -> jax.Array:
+    def part(weights: BlockWeights, number: int) -> jax.Array:
         width, channels = weights.last.kernel.shape[0], weights.theta.shape[0]
         own = jnp.arange(channels // _PARTS) + number * (channels // _PARTS)
         feature = jnp.arange(width // _PARTS) + number * (width // _PARTS)
@@ -58,11 +57,20 @@ def pack(blocks: Any) -> jax.Array:
     return jax.vmap(lambda weights: jnp.stack([part(weights, i) for i in range(_PARTS)]))(blocks)
 
 
+def unstack(h: Pair) -> Pair:
+    """States as `run` takes them: as they are."""
+    return h
+
+
+stack = unstack
+helper = helper_thread.helper
+
+
 def run(packed: jax.Array, x: jax.Array, h: Pair) -> tuple[jax.Array, Pair]:
-    """`step_block` for all blocks of a stack, one behind the other.
+    """`plain_step.run`: the blocks of a stack for one sample, one after the other.
 
     Args:
-      packed: as `pack` gives it.
+      packed: the result of `pack`.
       x: [batch, width].
       h: complex [blocks, batch, channels].
 
@@ -70,7 +78,7 @@ def run(packed: jax.Array, x: jax.Array, h: Pair) -> tuple[jax.Array, Pair]:
       (x, h) after this sample.
 
     Raises:
-      ValueError: shapes or types that do not fit: machine code would read past them.
+      ValueError: shapes or types that do not fit. Machine code would read past the arrays.
     """
     batch, width = x.shape
     blocks, _, channels = h[0].shape
@@ -108,7 +116,7 @@ def _weights(width: int, channels: int) -> dict[str, int]:
 
 
 def _sizes(width: int, channels: int) -> dict[str, int]:
-    """Floats a row that each part keeps."""
+    """Floats that a part keeps for each row."""
     half = channels // _PARTS
     return {
         "x": width,
@@ -118,7 +126,7 @@ def _sizes(width: int, channels: int) -> dict[str, int]:
         "gated": width // _PARTS,
         "mlp": 2 * width,
         "inner": width,
-        # Sums, for the other part too.
+        # These sums are read by both parts.
         "read": width,
         "last": width,
         "out": width,
@@ -126,43 +134,43 @@ def _sizes(width: int, channels: int) -> dict[str, int]:
 
 
 def _before(sizes: dict[str, int], key: str) -> tuple[int, int]:
-    """What lies before it, and the size of all."""
+    """(the sum of the sizes before `key`, the sum of all sizes)."""
     keys = list(sizes)
     return sum(sizes[k] for k in keys[: keys.index(key)]), sum(sizes.values())
 
 
-@machine.once
+@ffi.once
 def _register(width: int, channels: int) -> str:
-    name = f"harmonic_step_{width}_{channels}"
+    name = f"{__name__}.{width}.{channels}"
     module = ir.Module(name)
-    function = ir.Function(module, team.RUN, f"{name}_job")
+    function = ir.Function(module, helper_thread.RUN, f"{name}.job")
     _Job(module, function, width, channels).write()
-    builder, frame = machine.start_handler(module, name)
-    arguments = machine.buffers(builder, frame, machine.ARGUMENTS, 4)
-    results = machine.buffers(builder, frame, machine.RESULTS, 4)
+    builder, frame = ffi.start_handler(module, name)
+    arguments = ffi.buffers(builder, frame, ffi.ARGUMENTS, 4)
+    results = ffi.buffers(builder, frame, ffi.RESULTS, 4)
     (_, x_shape), (_, h_shape) = arguments[:2]
-    words = [builder.ptrtoint(v, _INT64) for v in (function, *(data for data, _ in (*arguments, *results)))]
-    words += [machine.load_word(builder, x_shape, 0), machine.load_word(builder, h_shape, 0)]
-    job = machine.room(builder, len(words))
+    words = [builder.ptrtoint(v, INT64) for v in (function, *(data for data, _ in (*arguments, *results)))]
+    words += [llvm.load_word(builder, x_shape, 0), llvm.load_word(builder, h_shape, 0)]
+    job = llvm.room(builder, len(words))
     for i, word in enumerate(words):
-        builder.store(word, builder.gep(job, [ir.Constant(_INT64, i)], source_etype=_INT64))
-    team.Writer(module, builder).share(job, function)
-    builder.ret(ir.Constant(_POINTER, None))
-    machine.publish(module, name)
+        builder.store(word, builder.gep(job, [int64(i)], source_etype=INT64))
+    helper_thread.Writer(module, builder).share(job, function)
+    builder.ret(ir.Constant(POINTER, None))
+    ffi.publish(module, name)
     return name
 
 
 class _Job(Floats):
-    """Writes run(job, first part, end)."""
+    """Writes the function run(job, first part, end), which does the parts from `first part` to before `end`."""
 
     def __init__(self, module: ir.Module, function: ir.Function, width: int, channels: int):
         super().__init__(module, ir.IRBuilder(function.append_basic_block()), np.dtype(np.float32), _LANES)
         self.width, self.channels, self.half = width, channels, channels // _PARTS
         job, self.first, self.end = function.args
-        pointers = [machine.follow(self.builder, job, 8 * i) for i in range(1, 9)]
+        pointers = [llvm.follow(self.builder, job, 8 * i) for i in range(1, 9)]
         self.x, self.re, self.im, self.weights, self.y, self.new_re, self.new_im, self.scratch = pointers
-        self.batch, self.blocks = (machine.load_word(self.builder, job, 8 * i) for i in (9, 10))
-        self.team = team.Writer(module, self.builder)
+        self.batch, self.blocks = (llvm.load_word(self.builder, job, 8 * i) for i in (9, 10))
+        self.team = helper_thread.Writer(module, self.builder)
 
     def write(self) -> None:
         """The whole function."""
@@ -175,8 +183,8 @@ class _Job(Floats):
         with self.loop(0, self.blocks) as block:
 
             def temporal(part: ir.Value) -> None:
-                with builder.if_then(builder.icmp_signed(">", block, self.int64(0))):
-                    self._add("out", part, builder.sub(block, self.int64(1)))
+                with builder.if_then(builder.icmp_signed(">", block, int64(0))):
+                    self._add("out", part, builder.sub(block, int64(1)))
                 self._recur(part, block)
 
             self._parts(temporal)
@@ -185,10 +193,10 @@ class _Job(Floats):
             self._meet()
             self._parts(lambda part: self._mlp(part, block))
             self._meet()
-        # The other part may not touch anything any more: its caller may have gone.
-        with builder.if_then(builder.icmp_signed("==", self.first, self.int64(0))):
-            first = self.int64(0)
-            self._add("out", first, builder.sub(self.blocks, self.int64(1)))
+        # After the last barrier only part 0 may write: the caller frees the scratch as soon as part 0 returns.
+        with builder.if_then(builder.icmp_signed("==", self.first, int64(0))):
+            first = int64(0)
+            self._add("out", first, builder.sub(self.blocks, int64(1)))
             self._rows(lambda row: self._copy(self._own("x", first), self.y, row))
         builder.ret_void()
 
@@ -198,7 +206,7 @@ class _Job(Floats):
 
     def _meet(self) -> None:
         builder = self.builder
-        shared = builder.icmp_signed("==", builder.sub(self.end, self.first), self.int64(1))
+        shared = builder.icmp_signed("==", builder.sub(self.end, self.first), int64(1))
         with builder.if_then(shared):
             self.team.barrier(self.first)
 
@@ -216,14 +224,13 @@ class _Job(Floats):
         def step(row: ir.Value) -> None:
             u, s = self._row(entry, row, "entry"), self._row(state, row, "state")
             place = builder.add(builder.mul(block, self.batch), row)
-            place = builder.add(builder.mul(place, self.int64(self.channels)), builder.mul(part, self.int64(half)))
+            place = builder.add(builder.mul(place, int64(self.channels)), builder.mul(part, int64(half)))
             for c in range(0, half, _LANES):
                 z_re, z_im, p_i, p_r = (self._load(u, c + i * half) for i in range(4))
-                gates = native.Gates(self, (z_re, z_im), p_i, p_r, self._load(decay, c), self._load(theta, c))
-                at = builder.add(place, self.int64(c))
-                h_re, h_im = self._load(self.re, at), self._load(self.im, at)
-                a_re, a_im = gates.a
-                new = a_re * h_re - a_im * h_im + gates.x[0], a_re * h_im + a_im * h_re + gates.x[1]
+                gates = Gates.compute(self, (z_re, z_im), p_i, p_r, self._load(decay, c), self._load(theta, c))
+                at = builder.add(place, int64(c))
+                h = self._load(self.re, at), self._load(self.im, at)
+                new = add(multiply(gates.a, h), gates.x)
                 for i, (value, target) in enumerate(zip(new, (self.new_re, self.new_im), strict=True)):
                     self._store(value, target, at)
                     self._store(value, s, c + i * half)
@@ -235,19 +242,19 @@ class _Job(Floats):
         features = self.width // _PARTS
         bias = self._parameters(part, block, "read_bias")
         entry, gated = self._own("entry", part), self._own("gated", part)
-        sums = [self._own("read", self.int64(i)) for i in range(_PARTS)]
+        sums = [self._own("read", int64(i)) for i in range(_PARTS)]
 
-        def multiply(row: ir.Value) -> None:
+        def gate_row(row: ir.Value) -> None:
             u, v = self._row(entry, row, "entry"), self._row(gated, row, "gated")
             first, second = (self._row(pointer, row, "read") for pointer in sums)
-            mine = self.builder.mul(part, self.int64(features))
+            mine = self.builder.mul(part, int64(features))
             for c in range(0, features, _LANES):
-                at = self.builder.add(mine, self.int64(c))
+                at = self.builder.add(mine, int64(c))
                 y = self._load(first, at) + self._load(second, at) + self._load(bias, c)
                 gate = self._load(u, 4 * self.half + c)
-                self._store(y * gate * native.gelu_slope(self, gate)[0], v, c)
+                self._store(y * gate * gelu_share(self, gate)[0], v, c)
 
-        self._rows(multiply)
+        self._rows(gate_row)
         self._product(part, block, "gated", "last", "last")
 
     def _mlp(self, part: ir.Value, block: ir.Value) -> None:
@@ -256,28 +263,28 @@ class _Job(Floats):
         self._product(part, block, "normal", "mlp", "mlp", bias="mlp_bias")
         mlp, inner = self._own("mlp", part), self._own("inner", part)
 
-        def multiply(row: ir.Value) -> None:
+        def gate_row(row: ir.Value) -> None:
             m, v = self._row(mlp, row, "mlp"), self._row(inner, row, "inner")
             for c in range(0, self.width, _LANES):
                 gate = self._load(m, self.width + c)
-                self._store(self._load(m, c) * gate * native.gelu_slope(self, gate)[0], v, c)
+                self._store(self._load(m, c) * gate * gelu_share(self, gate)[0], v, c)
 
-        self._rows(multiply)
+        self._rows(gate_row)
         self._product(part, block, "inner", "out", "out")
 
     def _add(self, branch: str, part: ir.Value, block: ir.Value) -> None:
-        """Both parts' sums and the bias of a branch, to the part's own x."""
+        """Adds both parts' sums and the bias of a branch to the part's own x."""
         x, bias = self._own("x", part), self._parameters(part, block, f"{branch}_bias")
-        sums = [self._own(branch, self.int64(i)) for i in range(_PARTS)]
+        sums = [self._own(branch, int64(i)) for i in range(_PARTS)]
 
-        def add(row: ir.Value) -> None:
+        def add_row(row: ir.Value) -> None:
             target = self._row(x, row, "x")
             first, second = (self._row(pointer, row, branch) for pointer in sums)
             for c in range(0, self.width, _LANES):
                 branch_sum = self._load(first, c) + self._load(second, c) + self._load(bias, c)
                 self._store(self._load(target, c) + branch_sum, target, c)
 
-        self._rows(add)
+        self._rows(add_row)
 
     def _normalise(self, part: ir.Value) -> None:
         x, normal = self._own("x", part), self._own("normal", part)
@@ -288,39 +295,39 @@ class _Job(Floats):
             mean = self._sum(pieces) * (1 / self.width)
             centred = [piece - mean for piece in pieces]
             variance = self._sum([piece * piece for piece in centred]) * (1 / self.width)
-            inverse = 1.0 / self.call("llvm.sqrt", variance + EPSILON)
+            inverse = 1.0 / self.sqrt(variance + EPSILON)
             for i, piece in enumerate(centred):
                 self._store(piece * inverse, target, i * _LANES)
 
         self._rows(normalise)
 
     def _sum(self, pieces: Sequence[Value]) -> Value:
-        """Over all lanes of all pieces, in every lane."""
+        """The sum over all lanes of all pieces, in every lane."""
         pieces = list(pieces)
         while len(pieces) > 1:
             pieces = [a + b for a, b in zip(pieces[::2], pieces[1::2], strict=False)] + pieces[len(pieces) & ~1 :]
         total = pieces[0]
         for distance in (8, 4, 2, 1):
-            mask = ir.Constant(ir.VectorType(ir.IntType(32), _LANES), [i ^ distance for i in range(_LANES)])
+            mask = ir.Constant(ir.VectorType(INT32, _LANES), [i ^ distance for i in range(_LANES)])
             total = total + Value(self, self.builder.shuffle_vector(total.value, total.value, mask))
         return total
 
     def _product(
         self, part: ir.Value, block: ir.Value, source: str, weights: str, target: str, bias: str | None = None
     ) -> None:
-        """target = source @ weights (+ bias), for all rows; each element's sum runs through the source in order."""
+        """target = source @ weights (+ bias), for all rows; each element's sum is taken in the order of `source`."""
         sizes = _sizes(self.width, self.channels)
         kernel = self._parameters(part, block, weights)
         start = None if bias is None else self._parameters(part, block, bias)
         inputs, outputs = self._own(source, part), self._own(target, part)
-        row: ir.Value = self.int64(0)
+        row: ir.Value = int64(0)
         for count in _ROWS:
-            # As many rows at a time as there are; what is left is for fewer.
+            # As often as `count` rows are left; the rest is done with fewer at a time.
             left = self.builder.sub(self.batch, row)
-            whole = self.builder.and_(left, self.int64(-count))
+            whole = self.builder.and_(left, int64(-count))
             end = self.builder.add(row, whole)
             with self.loop(row, end, count) as now:
-                rows = [self.builder.add(now, self.int64(i)) for i in range(count)]
+                rows = [self.builder.add(now, int64(i)) for i in range(count)]
                 xs = [self._row(inputs, r, source) for r in rows]
                 ys = [self._row(outputs, r, target) for r in rows]
                 self._tile(xs, kernel, start, ys, sizes[source], sizes[target])
@@ -337,62 +344,56 @@ class _Job(Floats):
             before, body, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
             builder.branch(body)
             builder.position_at_end(body)
-            k = builder.phi(_INT64)
-            k.add_incoming(self.int64(0), before)
-            phis = [[builder.phi(self._type) for _ in columns] for _ in xs]
+            k = builder.phi(INT64)
+            k.add_incoming(int64(0), before)
+            phis = [[builder.phi(self.type) for _ in columns] for _ in xs]
             for row in phis:
                 for phi, value in zip(row, sums, strict=True):
                     phi.add_incoming(value.value, before)
-            line = builder.gep(kernel, [builder.mul(k, self.int64(outputs))], source_etype=self.kind)
+            line = builder.gep(kernel, [builder.mul(k, int64(outputs))], source_etype=self.kind)
             w = [self._load(line, c) for c in columns]
             for x, row in zip(xs, phis, strict=True):
                 factor = self._spread(x, k)
                 for phi, weight in zip(row, w, strict=True):
-                    phi.add_incoming(self._fused(factor, weight, phi), body)
-            following = builder.add(k, self.int64(1))
+                    # a b + c rounded once: the same however the loop around it is compiled.
+                    fused = self.intrinsic("llvm.fma", factor, weight, Value(self, phi))
+                    phi.add_incoming(fused.value, body)
+            following = builder.add(k, int64(1))
             k.add_incoming(following, body)
-            builder.cbranch(builder.icmp_signed("<", following, self.int64(inputs)), body, after)
+            builder.cbranch(builder.icmp_signed("<", following, int64(inputs)), body, after)
             builder.position_at_end(after)
             for y, row in zip(ys, phis, strict=True):
                 for c, phi in zip(columns, row, strict=True):
                     self._store(Value(self, phi.incomings[1][0]), y, c)
 
-    def _fused(self, a: Value, b: Value, c: ir.Value) -> ir.Value:
-        """a b + c, rounded once: the same however the loop around it is compiled."""
-        name = f"llvm.fma.v{_LANES}f32"
-        function = self._module.globals.get(name)
-        if function is None:
-            function = ir.Function(self._module, ir.FunctionType(self._type, [self._type] * 3), name)
-        return self.builder.call(function, [a.value, b.value, c])
-
     def _spread(self, pointer: ir.Value, index: ir.Value) -> Value:
-        """One float, in every lane."""
+        """Loads one float into every lane."""
         number = self.builder.load(self._at(pointer, index), align=4, typ=self.kind)
-        lanes = ir.VectorType(ir.IntType(32), _LANES)
-        undefined = ir.Constant(self._type, ir.Undefined)
-        vector = self.builder.insert_element(undefined, number, ir.Constant(ir.IntType(32), 0))
+        lanes = ir.VectorType(INT32, _LANES)
+        undefined = ir.Constant(self.type, ir.Undefined)
+        vector = self.builder.insert_element(undefined, number, ir.Constant(INT32, 0))
         return Value(self, self.builder.shuffle_vector(vector, undefined, ir.Constant(lanes, [0] * _LANES)))
 
     def _own(self, key: str, part: ir.Value) -> ir.Value:
-        """Where the rows of a part's buffer begin."""
+        """The address of the rows of a part's buffer."""
         before, size = _before(_sizes(self.width, self.channels), key)
-        rows = self.builder.add(self.builder.mul(part, self.int64(size)), self.int64(before))
+        rows = self.builder.add(self.builder.mul(part, int64(size)), int64(before))
         return self._at(self.scratch, self.builder.mul(rows, self.batch))
 
     def _row(self, pointer: ir.Value, row: ir.Value, key: str) -> ir.Value:
-        return self._at(pointer, self.builder.mul(row, self.int64(_sizes(self.width, self.channels)[key])))
+        return self._at(pointer, self.builder.mul(row, int64(_sizes(self.width, self.channels)[key])))
 
     def _parameters(self, part: ir.Value, block: ir.Value, key: str) -> ir.Value:
         before, size = _before(_weights(self.width, self.channels), key)
-        number = self.builder.add(self.builder.mul(block, self.int64(_PARTS)), part)
-        return self._at(self.weights, self.builder.add(self.builder.mul(number, self.int64(size)), self.int64(before)))
+        number = self.builder.add(self.builder.mul(block, int64(_PARTS)), part)
+        return self._at(self.weights, self.builder.add(self.builder.mul(number, int64(size)), int64(before)))
 
     def _at(self, pointer: ir.Value, index: ir.Value | int) -> ir.Value:
-        index = self.int64(index) if isinstance(index, int) else index
+        index = int64(index) if isinstance(index, int) else index
         return self.builder.gep(pointer, [index], source_etype=self.kind)
 
     def _load(self, pointer: ir.Value, index: ir.Value | int) -> Value:
-        return Value(self, self.builder.load(self._at(pointer, index), align=4, typ=self._type))
+        return Value(self, self.builder.load(self._at(pointer, index), align=4, typ=self.type))
 
     def _store(self, value: Value, pointer: ir.Value, index: ir.Value | int) -> None:
         self.builder.store(value.value, self._at(pointer, index), align=4)

@@ -1,32 +1,37 @@
 """The scan on TPU, through Mosaic: a tile of batch x channels a step, the state kept on chip from block to block.
 
-Time stands first, so that one step's rows and channels fill the (8, 128) registers and t indexes whole tiles. What
-comes in as [batch, time, channels] is transposed for that, which XLA may do where the arrays are made.
+Arrays are transposed to [time, batch, channels], so that one step's rows and channels fill the (8, 128) registers and t
+indexes whole tiles. XLA may fuse that transpose with the operation that makes the array.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from harmonic.kernels.pallas_scan import Tiling
+from harmonic.kernels.pallas import cg_lru as gates
+from harmonic.kernels.pallas import scan
+from harmonic.kernels.pallas.scan import Tiling
+from harmonic.kernels.target import platform
 
-_STEPS = 64  # of the backward's twelve arrays, twice for copies under way: 6 MB of at least 16 on chip
+_STEPS = 64  # twelve arrays in the backward pass, in two copies (one in flight): 6 MB of at least 16 MB on chip
 
 
 class _TpuTiling(Tiling):
     in_order = True
     chunks = 1
 
-    def __init__(self, batch: int, time: int, channels: int, interpret: bool):
+    def __init__(self, batch: int, time: int, channels: int):
         super().__init__(batch, time, channels)
         self.length = min(_STEPS, time)
         self.blocks = pl.cdiv(time, self.length)
         self.row = (min(batch, 8), min(channels, 128))
         self.grid = (pl.cdiv(batch, self.row[0]), pl.cdiv(channels, self.row[1]), self.blocks)
         parameters = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
-        self.options = {"interpret": interpret, "compiler_params": parameters}
+        self.options = {"interpret": platform() == "cpu", "compiler_params": parameters}
 
     def arrange(self, v):
         return jnp.moveaxis(v, 1, 0)
@@ -49,9 +54,8 @@ class _TpuTiling(Tiling):
 
 def tile(batch: int, time: int, channels: int, chunks: int | None = None) -> Tiling:
     """The tiling of [batch, time, channels] on TPU, where one chunk is always enough."""
-    return _TpuTiling(batch, time, channels, interpret=False)
+    return _TpuTiling(batch, time, channels)
 
 
-def tile_interpreted(batch: int, time: int, channels: int, chunks: int | None = None) -> Tiling:
-    """`tile`, for Pallas' interpreter: runs anywhere, slowly."""
-    return _TpuTiling(batch, time, channels, interpret=True)
+linear_scan = functools.partial(scan.linear_scan, tile)
+cg_lru = functools.partial(gates.cg_lru, tile)

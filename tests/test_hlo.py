@@ -11,12 +11,13 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from tiny import config as tiny_config
 
+from harmonic import hlo
 from harmonic import mesh as meshes
-from harmonic import program
-from harmonic.config import Config, MeshConfig, ModelConfig, override
+from harmonic.config import Config, MeshConfig, override
 from harmonic.describe import communication, sent
 from harmonic.mesh import make_mesh
-from harmonic.models import HarmonicRNN
+from harmonic.models import make
+from harmonic.models.harmonic_rnn.config import ModelConfig
 from harmonic.step import init_state, make_loss_and_grad, make_train_step
 
 
@@ -50,7 +51,7 @@ KNOWN = {
 @pytest.mark.parametrize("name", sorted(KNOWN))
 def test_known_traffic(name):
     function, kind, operand, bytes_sent = KNOWN[name]
-    (found,) = program.collectives(compile_sharded(function))
+    (found,) = hlo.collectives(compile_sharded(function))
     assert (found.kind, found.operand_bytes, found.loops, found.group) == (kind, operand, (), 8)
     assert found.sent_bytes == bytes_sent
     assert found.op_name.endswith(name)
@@ -65,8 +66,8 @@ def test_traffic_grows_with_shards_as_documented(shards):
         x = x + jax.lax.psum(x, "seq")
         return x + jax.lax.all_gather(jnp.sin(x), "seq").mean(0)
 
-    found = program.collectives(compile_sharded(function, (1, shards), (shards, 4, 3)))
-    by_kind = {kind: sum(c.sent_bytes for c in found if c.kind == kind) for kind in program.KINDS[:3]}
+    found = hlo.collectives(compile_sharded(function, (1, shards), (shards, 4, 3)))
+    by_kind = {kind: sum(c.sent_bytes for c in found if c.kind == kind) for kind in hlo.KINDS[:3]}
     expected = {"all-reduce": 96 * (shards - 1) // shards, "all-gather": 48 * (shards - 1)}
     assert by_kind == {**expected, "collective-permute": 48 if shards > 1 else 0}
 
@@ -95,12 +96,12 @@ def strip_trip_counts(text):
 def test_loops_count_as_often_as_they_run(told):
     """With XLA's trip counts, and from the loops' conditions where it does not tell."""
     text = compile_sharded(nested).as_text()
-    found = program.collectives(text if told else strip_trip_counts(text))
+    found = hlo.collectives(text if told else strip_trip_counts(text))
     counted = sorted((c.kind, c.operand_bytes, c.loops) for c in found)
     assert counted == [
         ("all-gather", 48, (5, 3)), ("all-reduce", 12, (5, 3)), ("all-reduce", 48, ()), ("collective-permute", 48, (5,))
     ]  # fmt: skip
-    assert program.sent_bytes(found) == 15 * 7 * 48 + 15 * 21 + 84 + 5 * 48
+    assert hlo.sent_bytes(found) == 15 * 7 * 48 + 15 * 21 + 84 + 5 * 48
 
 
 @pytest.mark.parametrize(("start", "stop", "step"), [(0, 7, 1), (2, 9, 3), (5, 5, 1), (-4, 5, 2)])
@@ -114,17 +115,17 @@ def test_trip_counts_from_conditions(start, stop, step):
 
     text = compile_sharded(function).as_text()
     text = strip_trip_counts(text) if "known_trip_count" in text else text
-    assert sum(c.runs for c in program.collectives(text)) == len(range(start, stop, step))
+    assert sum(c.runs for c in hlo.collectives(text)) == len(range(start, stop, step))
 
 
 def test_loops_of_unknown_length_are_refused_only_where_they_send():
     def function(x, exchange):
         return jax.lax.while_loop(lambda x: x.sum() < 100, lambda x: exchange(jnp.abs(x) + 1), x)
 
-    assert program.collectives(compile_sharded(functools.partial(function, exchange=jnp.sin))) == []
+    assert hlo.collectives(compile_sharded(functools.partial(function, exchange=jnp.sin))) == []
     talking = compile_sharded(functools.partial(function, exchange=lambda x: jax.lax.psum(x, "seq")))
     with pytest.raises(ValueError, match="trip count of the loop while"):
-        program.collectives(talking)
+        hlo.collectives(talking)
 
 
 def test_conditionals_count_the_branch_that_sends_most():
@@ -135,7 +136,7 @@ def test_conditionals_count_the_branch_that_sends_most():
             x,
         )
 
-    assert [c.kind for c in program.collectives(compile_sharded(function))] == ["all-gather"]
+    assert [c.kind for c in hlo.collectives(compile_sharded(function))] == ["all-gather"]
 
 
 def test_groups_are_those_of_the_axis():
@@ -143,7 +144,7 @@ def test_groups_are_those_of_the_axis():
         x = jnp.sin(x + jax.lax.psum(x, "seq"))
         return jnp.cos(x + jax.lax.psum(x, "data"))
 
-    found = program.collectives(compile_sharded(function, (2, 4)))
+    found = hlo.collectives(compile_sharded(function, (2, 4)))
     assert sorted((c.group, c.sent_bytes) for c in found) == [(2, 48), (4, 72)]
 
 
@@ -177,7 +178,7 @@ ENTRY %main (x: f32[4,128], y: bf16[16,2]) -> f32[32,128] {
 
 
 def test_asynchronous_forms_count_once():
-    found = program.collectives(ASYNC)
+    found = hlo.collectives(ASYNC)
     assert sorted((c.kind, c.operand_bytes, c.group, c.sent_bytes) for c in found) == [
         ("all-gather", 2_048, 8, 7 * 2_048), ("all-reduce", 4_096, 2, 4_096), ("collective-permute", 2_048, 8, 2_048),
         ("reduce-scatter", 64, 8, 56),
@@ -187,12 +188,12 @@ def test_asynchronous_forms_count_once():
 @pytest.mark.parametrize(("text", "message"), [("", "no HLO text"), ("HloModule jit_f\n", "no ENTRY")])
 def test_what_is_no_program_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
-        program.collectives(text)
+        hlo.collectives(text)
 
 
 def test_memory_is_one_devices():
     compiled = compile_sharded(lambda x: jnp.sort(jnp.sin(x) @ jnp.cos(x), axis=1), shape=(8, 64, 64))
-    held = program.memory(compiled)
+    held = hlo.memory(compiled)
     assert (held.arguments, held.outputs) == (64 * 64 * 4, 64 * 64 * 4)
     assert 0 < held.temporaries < 8 * 64 * 64 * 4
 
@@ -203,18 +204,19 @@ def shapes(config, mesh):
     def of(shape, dtype, spec):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.sharding(mesh, spec))
 
-    params = jax.eval_shape(HarmonicRNN(config.model).init, jax.random.key(0))
+    params = jax.eval_shape(make(config.model).init, jax.random.key(0))
     params = jax.tree.map(lambda v: of(v.shape, v.dtype, meshes.REPLICATED), params)
     (segments, length), batch = config.segments, config.train.global_batch_size
     tokens = of((segments, batch, length, 1), jnp.uint8, meshes.TOKENS)
     rows = of((batch,), jnp.int32, meshes.ROWS)
-    return params, tokens, rows, rows, of((2,), jnp.uint32, meshes.REPLICATED)
+    batch = {"tokens": tokens, "length": rows, "row": rows}
+    return params, batch, of((2,), jnp.uint32, meshes.REPLICATED)
 
 
 @functools.cache
 def compiled_gradient(config):
     mesh = make_mesh(config.mesh)
-    return jax.jit(make_loss_and_grad(HarmonicRNN(config.model), mesh)).lower(*shapes(config, mesh)).compile()
+    return jax.jit(make_loss_and_grad(make(config.model), mesh)).lower(*shapes(config, mesh)).compile()
 
 
 BATCH = 4
@@ -236,16 +238,16 @@ def counted(found):
 
 def test_law_4_what_a_shard_sends_does_not_depend_on_the_segments_length():
     """The paper's model makes the same exchanges, of the same bytes, in segments of 5,120 and of 163,840 samples."""
-    short, long = (program.collectives(compiled_gradient(paper(8, length))) for length in (5_120, 163_840))
+    short, long = (hlo.collectives(compiled_gradient(paper(8, length))) for length in (5_120, 163_840))
     assert counted(short) == counted(long)
     within = [c for c in short if c.loops]
     assert {c.loops for c in within} == {(3,), (3, 4)}  # segments, blocks of a level
     # In each segment and layer, a few times: (product, state) of 128 complex float32, to each of seven other shards.
     state = BATCH * 128 * 2 * 4
-    layers = program.sent_bytes(c for c in within if len(c.loops) == 2) / (3 * 36)
+    layers = hlo.sent_bytes(c for c in within if len(c.loops) == 2) / (3 * 36)
     assert layers <= 5 * 7 * 2 * state
     # ... and the edges: up-pools keep 1 + 3 + 3 + 4 outputs of 128 features, and there is the last token.
-    edges = program.sent_bytes(c for c in within if len(c.loops) == 1) / 3
+    edges = hlo.sent_bytes(c for c in within if len(c.loops) == 1) / 3
     assert edges <= 8 * BATCH * (11 * 128 + 1) * 4
     # Once a step, and not in any loop: the loss and the weights' gradients, and the number of samples.
     outside = sorted(c.operand_bytes for c in short if not c.loops and c.kind == "all-reduce")
@@ -255,16 +257,16 @@ def test_law_4_what_a_shard_sends_does_not_depend_on_the_segments_length():
 def test_law_4_sees_what_the_partitioner_moves():
     """The same check on a model whose sequence is left to XLA's partitioner: it sends activations."""
     ours = tiny_config("model.pool_factors=3,")
-    model, mesh = HarmonicRNN(ours.model), make_mesh(MeshConfig(1, 8))
+    model, mesh = make(ours.model), make_mesh(MeshConfig(1, 8))
 
     def found(length):
-        params, tokens, *_ = shapes(override(ours, [f"data.window_length={length}"]), mesh)
-        function = jax.jit(lambda p, t: model.apply(p, {"tokens": t[0]}, model.init_state(4))[0])
-        return program.collectives(function.lower(params, tokens).compile())
+        params, batch, _ = shapes(override(ours, [f"data.window_length={length}"]), mesh)
+        function = jax.jit(lambda p, t: model.apply(model.prepare(p), {"tokens": t[0]}, model.init_state(4))[0])
+        return hlo.collectives(function.lower(params, batch["tokens"]).compile())
 
     short, long = found(384), found(3_072)
     assert counted(short) != counted(long)
-    assert program.sent_bytes(long) > 2 * program.sent_bytes(short)
+    assert hlo.sent_bytes(long) > 2 * hlo.sent_bytes(short)
 
 
 def test_activations_fall_with_the_shards():
@@ -274,7 +276,7 @@ def test_activations_fall_with_the_shards():
     sum over the segments. That is an extrapolation on eight shards, from two lengths to none. Without it, activations
     fall to an eighth within 5 %.
     """
-    held = {key: program.memory(compiled_gradient(paper(*key))) for key in ((1, 163_840), (8, 163_840), (8, 5_120))}
+    held = {key: hlo.memory(compiled_gradient(paper(*key))) for key in ((1, 163_840), (8, 163_840), (8, 5_120))}
     one, eight, short = (h.temporaries for h in held.values())
     constant = short - (eight - short) * 5_120 / (163_840 - 5_120)
     figures = {"one": one, "eight": eight, "constant": constant}
@@ -286,7 +288,7 @@ def test_activations_fall_with_the_shards():
 def test_what_is_foretold_is_what_the_papers_model_sends():
     ours = paper(8, 5_120)
     foretold = communication(ours)
-    assert sent(compiled_gradient(ours), ours) == {k: foretold[k] for k in SUMS}
+    assert hlo.sent(compiled_gradient(ours), ours.segments[0]) == {k: foretold[k] for k in SUMS}
     assert sum(foretold["layer"].values()) * 36 == foretold["layers"]
 
 
@@ -305,12 +307,11 @@ def test_only_gradients_are_sent_where_sequences_are_whole(data):
 def test_a_whole_training_step_sends_no_more_than_its_gradient():
     """The optimiser stands on every device: what it does needs no exchange."""
     ours = small("mesh.data=2", "mesh.seq=4", "data.window_length=36")
-    model, mesh = HarmonicRNN(ours.model), make_mesh(ours.mesh)
-    _, tokens, rows, _, _ = shapes(ours, mesh)
+    model, mesh = make(ours.model), make_mesh(ours.mesh)
+    _, batch, _ = shapes(ours, mesh)
     replicated = meshes.sharding(mesh, meshes.REPLICATED)
     state = jax.eval_shape(lambda: init_state(ours, model))
     state = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=replicated), state)
-    batch = {"tokens": tokens, "length": rows, "row": rows}
     lowered = make_train_step(model, ours, mesh).lower(state, batch, jax.random.key(0), np.int32(0))
     foretold = communication(ours)
     assert sent(lowered.compile(), ours) == {k: foretold[k] for k in SUMS}

@@ -1,8 +1,8 @@
 """What a compiled program sends and holds, read from its optimised HLO: before it runs, and without running it.
 
     compiled = jax.jit(f).lower(*shapes).compile()
-    program.sent_bytes(program.collectives(compiled))     # by one device, in one run
-    program.memory(compiled).temporaries                  # on one device
+    hlo.sent_bytes(hlo.collectives(compiled))     # by one device, in one run
+    hlo.memory(compiled).temporaries                  # on one device
 
 A program over several devices is one text for all of them, so that every figure here is one device's.
 """
@@ -315,3 +315,26 @@ def _collective(computation: _Computation, instruction: _Instruction, kind: str)
     op_name = re.search(r'op_name="([^"]*)"', attributes)
     # Groups of none written stand for all devices: filled in once the header is read.
     return Collective(kind, size, group, targets, (), op_name[1] if op_name else "")
+
+
+def sent(compiled: jax.stages.Compiled | str, segments: int) -> dict[str, int]:
+    """What `describe.communication` predicts, read from a compiled training step, or from its loss and gradient alone.
+
+    An exchange inside a loop over a level's blocks counts as a layer's. XLA unrolls such a loop where it has one block:
+    its exchanges then count among the edges.
+
+    Returns:
+      {"layers", "edges", "segment", "gradients", "step"}.
+    """
+    found = collectives(compiled)
+    # JAX's names of differentiated operations and of their transposes hold `jvp`; gradients are summed outside.
+    differentiated = [c for c in found if "jvp(" in c.op_name]
+    looped = [c for c in differentiated if len(c.loops) > (segments > 1)]
+    inside, layers = sent_bytes(differentiated), sent_bytes(looped) // segments
+    return {
+        "layers": layers,
+        "edges": inside // segments - layers,
+        "segment": inside // segments,
+        "gradients": sent_bytes(found) - inside,
+        "step": sent_bytes(found),
+    }

@@ -1,21 +1,26 @@
 """The scan on GPU, through Triton: a thread a channel, chunks of time side by side.
 
-Triton rather than Mosaic GPU, which `pl.pallas_call` takes by default and warns about: there is no matrix product here
-and nothing to stage in shared memory, and Triton also knows GPUs older than Hopper. Programs are plain loops over
-global memory; blocks are windows, not copies, so that a chunk may be of any length.
+Triton, and not Mosaic GPU, the default of `pl.pallas_call`, which warns about it: there is no matrix product here and
+nothing to stage in shared memory, and Triton also supports GPUs older than Hopper. Programs are plain loops over global
+memory; blocks are windows, not copies, so that a chunk may have any length.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from harmonic.kernels.pallas_scan import Tiling
+from harmonic.kernels.pallas import cg_lru as gates
+from harmonic.kernels.pallas import scan
+from harmonic.kernels.pallas.scan import Tiling
+from harmonic.kernels.target import platform
 
-# By arithmetic, not by measurement: 500 threads on each of some 130 processors, with the loads of four rows of four
-# arrays in flight each, are 30 KB a processor, about what bandwidth times latency asks for. A chunk much shorter than
-# `_SHORTEST` does not earn its step in the walk over the chunks.
+# Computed, not measured: 500 threads on each of some 130 processors, each with the loads of four rows of four arrays in
+# flight, are 30 KB a processor, about the product of bandwidth and latency. A chunk much shorter than `_SHORTEST` does
+# not pay for its step in the walk over the chunks.
 _THREADS = 2**16
 _SHORTEST = 64
 
@@ -23,7 +28,7 @@ _SHORTEST = 64
 class _GpuTiling(Tiling):
     in_order = False
 
-    def __init__(self, batch: int, time: int, channels: int, chunks: int | None, interpret: bool):
+    def __init__(self, batch: int, time: int, channels: int, chunks: int | None):
         super().__init__(batch, time, channels)
         if chunks is None:
             chunks = max(1, min(_THREADS // (batch * channels), time // _SHORTEST))
@@ -33,7 +38,7 @@ class _GpuTiling(Tiling):
         self.row = (self.width,)
         self.grid = (batch, pl.cdiv(channels, self.width), self.chunks)
         warps = max(1, self.width // 32)
-        self.options = {"interpret": interpret, "compiler_params": plt.CompilerParams(num_warps=warps)}
+        self.options = {"interpret": platform() == "cpu", "compiler_params": plt.CompilerParams(num_warps=warps)}
 
     def arrange(self, v):
         return v
@@ -66,9 +71,8 @@ class _GpuTiling(Tiling):
 
 def tile(batch: int, time: int, channels: int, chunks: int | None = None) -> Tiling:
     """The tiling of [batch, time, channels] on GPU, into `chunks` or as many as fill the device."""
-    return _GpuTiling(batch, time, channels, chunks, interpret=False)
+    return _GpuTiling(batch, time, channels, chunks)
 
 
-def tile_interpreted(batch: int, time: int, channels: int, chunks: int | None = None) -> Tiling:
-    """`tile`, for Pallas' interpreter: runs anywhere, slowly."""
-    return _GpuTiling(batch, time, channels, chunks, interpret=True)
+linear_scan = functools.partial(scan.linear_scan, tile)
+cg_lru = functools.partial(gates.cg_lru, tile)

@@ -1,7 +1,7 @@
-"""The model's elementwise work as machine code for CPUs: every input is read once, every output written once.
+"""The model's elementwise work as machine code for CPUs: every input is read once, every output is written once.
 
-Time runs in the outer loop and channels, sixteen in a vector, in the inner one; the state stays in the nearest cache.
-float32 takes polynomials (Cephes' exponential, `gates.sincos`), float64 the C library's functions.
+Time is the outer loop and channels, sixteen in a vector, are the inner one; the state stays in the nearest cache. Each
+function that takes a `Code` writes one kernel; its docstring gives (arguments) -> (results), the buffers in order.
 """
 
 from __future__ import annotations
@@ -13,88 +13,14 @@ import jax
 import jax.numpy as jnp
 from llvmlite import ir
 
-from harmonic.kernels import machine
+from harmonic.kernels.arithmetic import Gates, Pair, add, gelu_share, multiply, multiply_conjugate
 from harmonic.kernels.context_parallel import exchange_carries
+from harmonic.kernels.cpu import ffi
+from harmonic.kernels.cpu.llvm import Code, Value, int64
 from harmonic.kernels.dense import column_sum
-from harmonic.kernels.machine import Code, Floats, Value
-from harmonic.kernels.reference import Pair, add, multiply, multiply_conjugate
 
-_SQRT_GRADIENT = 200.0  # as `gates`
-_PARTIAL = 256  # steps whose parameter gradients are added up one by one; XLA adds these sums
+_PARTIAL = 256  # steps whose parameter gradients the kernel adds up one by one; a matrix product adds these sums
 _Pair = tuple[Value, Value]
-
-
-def _expm1(code: Floats, y: Value) -> Value:
-    """exp(y) - 1 for y <= 0, without cancellation near 0."""
-    if code.dtype == "float64":
-        return code.call("expm1", y)
-    power, p = _exponential(code, y)
-    return power * p + (power - 1.0)
-
-
-def _exponential(code: Floats, y: Value) -> _Pair:
-    """(2^n, p) of exp(y) = 2^n (1 + p) for y <= 0 in float32, by Cephes' polynomial."""
-    y = code.where(y < -87.0, code.constant(-87.0), y)
-    n = code.call("llvm.floor", y * 1.4426950408889634 + 0.5)
-    r = y - n * 0.693359375 - n * -2.12194440e-4
-    p = r * 1.9875691500e-4 + 1.3981999507e-3
-    for coefficient in (8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
-        p = p * r + coefficient
-    return code.power_of_two(code.integers(n)), p * r * r + r
-
-
-def _sigmoid(code: Floats, v: Value) -> Value:
-    y = -code.call("llvm.fabs", v)  # exp(-|v|) never overflows
-    if code.dtype == "float64":
-        e = code.call("exp", y)
-    else:
-        power, p = _exponential(code, y)
-        e = power * p + power  # and not expm1(y) + 1, which has few digits left
-    return code.where(v < 0.0, e, code.constant(1.0)) / (1.0 + e)
-
-
-def _sincos(code: Floats, x: Value) -> _Pair:
-    if code.dtype == "float64":
-        return code.call("sin", x), code.call("cos", x)
-    quadrant = code.call("llvm.floor", x * 0.6366197723675814 + 0.5)
-    y = x - quadrant * 1.5703125 - quadrant * 4.837512969970703125e-4 - quadrant * 7.549789948768648e-8
-    y2 = y * y
-    sine = y + y * y2 * (-1.6666654611e-1 + y2 * (8.3321608736e-3 + y2 * -1.9515295891e-4))
-    cosine = (
-        1.0 - 0.5 * y2 + y2 * y2 * (4.166664568298827e-2 + y2 * (-1.388731625493765e-3 + y2 * 2.443315711809948e-5))
-    )
-    number = code.integers(quadrant)
-    swapped = code.bit(number, 1)
-    sine, cosine = code.where(swapped, cosine, sine), code.where(swapped, sine, cosine)
-    after = code.builder.add(number, code.int32(1))
-    return code.where(code.bit(number, 2), -sine, sine), code.where(code.bit(after, 2), -cosine, cosine)
-
-
-class Gates:
-    """What `gates.recurrence` computes, and its derivative."""
-
-    def __init__(self, code: Floats, z: _Pair, p_i: Value, p_r: Value, decay: Value, theta: Value):
-        self.code, self.z, self.decay, self.theta = code, z, decay, theta
-        self.i, self.r = _sigmoid(code, p_i), _sigmoid(code, p_r)
-        m = _expm1(code, -decay * self.r)
-        self.magnitude, self.root = 1.0 + m, code.call("llvm.sqrt", -m * (2.0 + m))
-        sine, cosine = _sincos(code, theta * self.r)
-        self.a = self.magnitude * cosine, self.magnitude * sine
-        self.scale = self.root * self.i
-        self.x = self.scale * z[0], self.scale * z[1]
-
-    def gradients(self, dx: _Pair, da: _Pair) -> tuple[Value, ...]:
-        """Of (z re, z im, p_i, p_r, decay, theta)."""
-        i, r, a, code = self.i, self.r, self.a, self.code
-        dscale = dx[0] * self.z[0] + dx[1] * self.z[1]
-        # By the root, which is a zero of either sign where the gate is shut: 1 / -0 is no large number.
-        least = code.constant(0.5 / _SQRT_GRADIENT)
-        slope = 1.0 / code.where(self.root > 0.5 / _SQRT_GRADIENT, self.root, least)
-        dlog = da[0] * a[0] + da[1] * a[1] - dscale * i * slope * self.magnitude * self.magnitude
-        dangle = da[1] * a[0] - da[0] * a[1]
-        dp_i = dscale * self.scale * (1.0 - i)
-        dp_r = (self.theta * dangle - self.decay * dlog) * r * (1.0 - r)
-        return self.scale * dx[0], self.scale * dx[1], dp_i, dp_r, -r * dlog, r * dangle
 
 
 def _load(code: Code, buffers: Sequence[int], row: ir.Value, c: ir.Value) -> _Pair:
@@ -171,7 +97,7 @@ def _summarise(
 def _summarise_back(code: Code, read: Callable[[ir.Value, ir.Value], tuple[_Pair, _Pair]], q: Sequence[int]) -> None:
     with code.each_recording() as b:
         _fill(code, 0.0, q, b)
-        with code.loop(1, code.builder.add(code.time, code.int64(1))) as i:
+        with code.loop(1, code.builder.add(code.time, int64(1))) as i:
             row = code.row(b, code.builder.sub(code.time, i))
 
             def step(c: ir.Value) -> None:
@@ -203,8 +129,8 @@ def scan_backward(code: Code) -> None:
 
         with code.loop(1, code.time) as i:
             t = code.builder.sub(code.time, i)
-            step(code.row(b, t), h, code.row(b, code.builder.sub(t, code.int64(1))))
-        step(code.row(b, code.int64(0)), h0, b)
+            step(code.row(b, t), h, code.row(b, code.builder.sub(t, int64(1))))
+        step(code.row(b, int64(0)), h0, b)
 
 
 def lru_forward(code: Code) -> None:
@@ -249,7 +175,7 @@ def lru_backward(code: Code) -> None:
     over `_PARTIAL` steps each, dh0 re, dh0 im)."""
     u, h, dh, parameters, dlast, h0, du, sums, q = 0, 1, 2, (3, 4, 5), (6, 7), (8, 9), 10, (11, 12), (13, 14)
     builder = code.builder
-    pieces = builder.sdiv(builder.add(code.time, code.int64(_PARTIAL - 1)), code.int64(_PARTIAL))
+    pieces = builder.sdiv(builder.add(code.time, int64(_PARTIAL - 1)), int64(_PARTIAL))
     with code.each_recording() as b:
         _copy(code, dlast, q, b)
 
@@ -257,7 +183,7 @@ def lru_backward(code: Code) -> None:
             def channel(c: ir.Value) -> None:
                 gates = _read_gates(code, u, parameters, row, c)
                 s = add(_load_parts(code, dh, row, c), _load(code, q, b, c))
-                *gradients, ddecay, dtheta = gates.gradients(s, multiply_conjugate(before(c), s))
+                *gradients, ddecay, dtheta = gates.gradients(code, multiply_conjugate(before(c), s), s)
                 for part, gradient in enumerate(gradients):
                     code.store(gradient, du, row, c, parts=4, part=part)
                 _store(code, add(_load(code, sums, sum_row, c), (ddecay, dtheta)), sums, sum_row, c)
@@ -266,26 +192,26 @@ def lru_backward(code: Code) -> None:
             code.each_channel(channel)
 
         with code.loop(0, pieces) as k:
-            piece = builder.sub(pieces, builder.add(k, code.int64(1)))
+            piece = builder.sub(pieces, builder.add(k, int64(1)))
             sum_row = builder.add(builder.mul(b, pieces), piece)
             _fill(code, 0.0, sums, sum_row)
-            start = builder.mul(piece, code.int64(_PARTIAL))
-            end = builder.add(start, code.int64(_PARTIAL))
+            start = builder.mul(piece, int64(_PARTIAL))
+            end = builder.add(start, int64(_PARTIAL))
             end = builder.select(builder.icmp_signed("<", end, code.time), end, code.time)
-            # The recording's first step is left for below.
-            first = builder.select(builder.icmp_signed("==", piece, code.int64(0)), code.int64(1), start)
+            # The recording's first step comes after the loop.
+            first = builder.select(builder.icmp_signed("==", piece, int64(0)), int64(1), start)
             with code.loop(first, end) as i:
-                t = builder.sub(builder.add(first, end), builder.add(i, code.int64(1)))
+                t = builder.sub(builder.add(first, end), builder.add(i, int64(1)))
                 row = code.row(b, t)
-                earlier = builder.sub(row, code.int64(1))
+                earlier = builder.sub(row, int64(1))
                 step(row, sum_row, lambda c: _load_parts(code, h, earlier, c))
-        step(code.row(b, code.int64(0)), builder.mul(b, pieces), lambda c: _load(code, h0, b, c))
+        step(code.row(b, int64(0)), builder.mul(b, pieces), lambda c: _load(code, h0, b, c))
 
 
-def _read_gates(code: Code, u: int, parameters: tuple[int, int, int], row: ir.Value, c: ir.Value) -> Gates:
+def _read_gates(code: Code, u: int, parameters: tuple[int, int, int], row: ir.Value, c: ir.Value) -> Gates[Value]:
     bias, decay, theta = parameters
     z_re, z_im, p_i, p_r = (code.load(u, row, c, parts=4, part=part) + code.load(bias, part, c) for part in range(4))
-    return Gates(code, (z_re, z_im), p_i, p_r, code.load(decay, 0, c), code.load(theta, 0, c))
+    return Gates.compute(code, (z_re, z_im), p_i, p_r, code.load(decay, 0, c), code.load(theta, 0, c))
 
 
 def gated_forward(code: Code) -> None:
@@ -293,7 +219,7 @@ def gated_forward(code: Code) -> None:
 
     def channel(row: ir.Value, c: ir.Value) -> None:
         x, gate = (code.load(i, row, c) + code.load(2, i, c) for i in (0, 1))
-        code.store(x * gate * gelu_slope(code, gate)[0], 3, row, c)
+        code.store(x * gate * gelu_share(code, gate)[0], 3, row, c)
 
     _each_row(code, channel)
 
@@ -304,7 +230,7 @@ def gated_backward(code: Code) -> None:
     def channel(row: ir.Value, c: ir.Value) -> None:
         x, gate = (code.load(i, row, c) + code.load(3, i, c) for i in (0, 1))
         dy = code.load(2, row, c)
-        share, dshare = gelu_slope(code, gate)
+        share, dshare = gelu_share(code, gate)
         code.store(dy * gate * share, 4, row, c)
         code.store(dy * x * (share + gate * dshare), 5, row, c)
 
@@ -317,18 +243,13 @@ def _each_row(code: Code, channel: Callable[[ir.Value, ir.Value], None]) -> None
         code.each_channel(lambda c: channel(row, c))
 
 
-def gelu_slope(code: Floats, x: Value) -> _Pair:
-    """gelu(x) / x and its derivative: (1 + tanh(s)) / 2 = sigmoid(2 s), s = sqrt(2 / pi) (x + 0.044715 x^3)."""
-    twice = 1.5957691216057308
-    share = _sigmoid(code, twice * x * (1.0 + 0.044715 * x * x))
-    return share, share * (1.0 - share) * twice * (1.0 + 3 * 0.044715 * x * x)
-
-
 def _call(write: Callable[[Code], None], results: Sequence[tuple[int, ...]], *arguments: jax.Array) -> list[jax.Array]:
-    """Arrays of these shapes; the last argument is [.., channels]."""
+    """Runs a kernel, which gives arrays of these shapes; the last argument is [rows, channels]."""
     dtype = arguments[-1].dtype
+    if any(v.dtype != dtype for v in arguments):  # machine code would take other bits for numbers of this type
+        raise TypeError(f"{write.__name__} takes arrays of one type, got {[v.dtype.name for v in arguments]}")
     shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape in results]
-    return list(jax.ffi.ffi_call(machine.register(write, dtype.name, machine.threads()), shapes)(*arguments))
+    return list(jax.ffi.ffi_call(ffi.register(write, dtype.name, ffi.threads()), shapes)(*arguments))
 
 
 def _alone(axis: str | None) -> bool:
@@ -392,7 +313,7 @@ cg_lru.defvjp(_lru_forward, _lru_backward)
 def _enter(summary: Callable[[Code], None], arguments: Sequence[jax.Array], h0: Pair, axis: str | None):
     """(product of this shard's a, state that enters it, state that leaves the whole sequence).
 
-    Alone, it is h0 that enters, and the others need not be found: they are None.
+    With one shard there is nothing to exchange: returns (None, h0, None).
     """
     if _alone(axis):
         return None, h0, None
@@ -402,10 +323,13 @@ def _enter(summary: Callable[[Code], None], arguments: Sequence[jax.Array], h0: 
 
 
 def _enter_back(summary: Callable[[Code], None], arguments: Sequence[jax.Array], product, dlast: Pair, axis):
-    """(gradient that enters this shard at its end, that of h0, which only the first shard is given)."""
+    """(gradient that enters this shard at its end, gradient of h0, which only the first shard is given).
+
+    With one shard there is nothing to exchange: returns (dlast, None).
+    """
     if _alone(axis):
         return dlast, None
-    # h_last is the last shard's, told to all: so its cotangents add up.
+    # Every shard has a copy of h_last, which is the last shard's: their cotangents add up.
     dlast = jax.lax.psum(dlast, axis)
     q = _call(summary, (dlast[0].shape,) * 2, *arguments, *dlast)
     entering, dh0 = exchange_carries(product, (q[0], q[1]), dlast, axis, reverse=True, conjugate=True)
@@ -433,7 +357,7 @@ def _gated_backward(residuals, dy: jax.Array):
 
 
 def _by_row(x: jax.Array) -> jax.Array:
-    """Every step a recording of its own, so that threads share them out."""
+    """Makes every step a recording of its own, so that threads share the steps out."""
     return x.reshape(-1, 1, x.shape[-1])
 
 

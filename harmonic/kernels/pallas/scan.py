@@ -1,15 +1,16 @@
-"""The linear scan as Pallas kernels for GPU and TPU, with what is computed before it, step by step, fused in.
+"""The linear scan as Pallas kernels for GPU and TPU, fused with the elementwise work before it.
 
 A scan here is h_t = a_t h_{t-1} + x_t, where (a_t, x_t) = coefficients(inputs at t, parameters) is elementwise: nothing
 at all for `linear_scan`, the gates for `cg_lru`. The kernels compute a and x in registers, twice if they must, and
-never write them; the backward kernel computes them again and differentiates `coefficients` row by row with `jax.vjp`.
+never write them; the backward kernel computes them again, with their derivative, row by row.
 
-There is one kernel, `_walk`: a `lax.scan` over the rows of a block. What a platform adds is its `Tiling`:
+There is one kernel, `_walk`: a loop over the rows of a block. A platform adds its `Tiling`:
 
-- GPU: programs cannot hand a state on, so time is cut into chunks that are scanned side by side. A first pass writes
-  each chunk's map (the product of its a, its last h from zero), one tiny walk over the chunks composes these, a second
-  pass writes h. With enough rows and channels to fill the device there is one chunk, and no first pass.
-- TPU: the grid runs in order, so the state is handed on in a block that is visited again, and one pass is enough.
+- GPU: a program cannot pass its state to another one, so time is cut into chunks that are scanned side by side. A
+  first pass writes each chunk's map (the product of its a, its last h from zero), one tiny walk over the chunks
+  composes these, a second pass writes h. With enough rows and channels to fill the device there is one chunk, and no
+  first pass.
+- TPU: the grid runs in order, so the state is passed on in a block that is visited again, and one pass is enough.
 
 Passes over memory of the fused CG-LRU, in arrays of [batch, time, channels] (the inputs are 4, h is 2):
 
@@ -17,10 +18,10 @@ Passes over memory of the fused CG-LRU, in arrays of [batch, time, channels] (th
     one chunk, TPU    4 + 2 = 6                 4 inputs + 2 h + 2 dh + 4 gradients = 12
     chunks            4 + 6 = 10                1 gate + 2 dh + 12 = 15
 
-Not fused, the gates alone read 4 and write 4 forward before any scan reads them. A single pass with decoupled look-back
-would need the first line's counts at any number of chunks; but its programs wait for one another's flags, with acquire
-and release ordering, which Pallas does not promise on Triton. A sequence that is sharded takes the first pass on either
-platform, as each shard's map must be known before any state can enter it.
+If they were not fused, the gates alone would read 4 and write 4 forward before any scan reads them. A single pass with
+decoupled look-back would have the first line's counts at any number of chunks; but its programs wait for one another's
+flags, with acquire and release ordering, which Pallas does not promise on Triton. A sharded sequence takes the first
+pass on either platform: each shard's map must be known before a state can enter it.
 """
 
 from __future__ import annotations
@@ -34,24 +35,26 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from harmonic.kernels.arithmetic import Pair, add, multiply, multiply_conjugate
 from harmonic.kernels.context_parallel import exchange_carries
-from harmonic.kernels.reference import Pair, add, multiply, multiply_conjugate
 
 Rows = tuple[jax.Array, ...]
-Coefficients = Callable[[Rows, Rows], tuple[Pair, Pair]]
-"""(the inputs' rows, the parameters) -> (a, x): elementwise, of the same shape."""
+Pull = Callable[[Pair, Pair], tuple[Rows, Rows]]
+"""(gradients of a and x) -> (gradients of the inputs' rows, of the parameters)."""
+Coefficients = Callable[[Rows, Rows], tuple[Pair, Pair, Pull]]
+"""(the inputs' rows, the parameters, each as a row) -> (a, x, the derivative): elementwise, of one shape."""
 
 _UNROLL = 4  # rows whose loads are in flight together
 
 
 class Tiling(abc.ABC):
-    """How a platform lays [batch, time, channels] out over the programs of a kernel; the grid's last axis is time.
+    """How a platform divides [batch, time, channels] among the programs of a kernel; the grid's last axis is time.
 
     Attributes:
       chunks: pieces of time that are scanned side by side, each from a state of its own.
       length, blocks: rows of a block, and how many blocks there are.
       row: the shape of one time step inside a program.
-      in_order: whether the blocks of a chunk run one after the other, and so can hand a state on.
+      in_order: whether the blocks of a chunk run one after the other, so that each can pass its state to the next.
       options: further arguments of `pl.pallas_call`.
     """
 
@@ -83,7 +86,7 @@ class Tiling(abc.ABC):
         """[channels], and the window on it."""
 
     def mask(self) -> jax.Array | None:
-        """Which places of a row lie within the array, where the platform does not see to that."""
+        """The elements of a row that are inside the array, or None where the platform masks the others itself."""
         return None
 
     def load(self, ref, mask, *at) -> jax.Array:
@@ -125,7 +128,7 @@ def _walk(
       parameters: [channels].
       previous: ([batch, time, channels], [batch, channels] before the first); a step is given their rows at t - 1.
       dtype: what the rows are computed in.
-      outputs: the types of what a step writes.
+      outputs: the types of the rows that a step writes.
 
     Returns:
       (outputs [batch, time, channels], carry after each chunk [batch, chunks, channels]).
@@ -174,7 +177,7 @@ def _walk(
 
         def advance(count: int, i, state):
             times = [length - 1 - (i + j) if reverse else i + j for j in range(count)]
-            # All loads before any arithmetic, and before the stores that they could not be moved across.
+            # All loads come before any arithmetic: the compiler cannot move a load across a store.
             loaded = [
                 (
                     tuple(load(ref, t) for ref in row_refs),
@@ -206,35 +209,35 @@ def _walk(
     return restored[: len(outputs)], restored[len(outputs) :]
 
 
-def identity(inputs: Rows, parameters: Rows) -> tuple[Pair, Pair]:
+def identity(inputs: Rows, parameters: Rows) -> tuple[Pair, Pair, Pull]:
     """The coefficients of a plain linear scan, whose inputs are (Re x, Im x, Re a, Im a)."""
     x_re, x_im, a_re, a_im = inputs
-    return (a_re, a_im), (x_re, x_im)
+    return (a_re, a_im), (x_re, x_im), lambda da, dx: ((*dx, *da), ())
 
 
 def _summarise(coefficients: Coefficients, row, previous, parameters, carry):
-    a, x = coefficients(row, parameters)
+    a, x, _ = coefficients(row, parameters)
     return (*multiply(a, carry[:2]), *add(multiply(a, carry[2:]), x)), ()
 
 
 def _write(coefficients: Coefficients, row, previous, parameters, h):
-    a, x = coefficients(row, parameters)
+    a, x, _ = coefficients(row, parameters)
     h = add(multiply(a, h), x)
     return h, h
 
 
-# Backward, with s_t = dh_t + q_t and q_{t-1} = conj(a_t) s_t, where q_t is what the steps after t send back to h_t.
+# Backward, with s_t = dh_t + q_t and q_{t-1} = conj(a_t) s_t, where q_t is the gradient of h_t from the steps after t.
 
 
 def _summarise_backward(coefficients: Coefficients, row, previous, parameters, carry):
-    (a, _), dh = coefficients(row[:-2], parameters), row[-2:]
+    (a, _, _), dh = coefficients(row[:-2], parameters), row[-2:]
     return (*multiply_conjugate(a, carry[:2]), *multiply_conjugate(a, add(dh, carry[2:]))), ()
 
 
 def _write_backward(coefficients: Coefficients, row, before, parameters, carry):
-    (a, _), pull = jax.vjp(coefficients, row[:-2], parameters)
+    a, _, pull = coefficients(row[:-2], parameters)
     s = add(row[-2:], carry[:2])
-    inputs, shared = pull((multiply_conjugate(before, s), s))
+    inputs, shared = pull(multiply_conjugate(before, s), s)
     total = tuple(d + new for d, new in zip(carry[2:], shared, strict=True))
     return (*multiply_conjugate(a, s), *total), inputs
 
@@ -249,7 +252,7 @@ def _starts(tile: Tile, maps: Sequence[jax.Array] | None, entering: Pair, axis: 
 
     Returns:
       (the states that enter each chunk [batch, chunks, channels]; the state that leaves the whole sequence
-      [batch, channels], or None where only the last chunk will tell).
+      [batch, channels], or None where the walk itself gives it, after its last chunk).
     """
     if maps is None:
         return jax.tree.map(lambda v: v[:, None], entering), None
@@ -282,7 +285,7 @@ def scan(
 
     Args:
       coefficients: elementwise, hashable; takes and returns rows of h0's type.
-      tile: the platform, `pallas_gpu.tile` or `pallas_tpu.tile`.
+      tile: the platform, `gpu.tile` or `tpu.tile`.
       axis: inside `jax.shard_map`, the mesh axis that time is cut over; h0 must be the same on all its shards.
       inputs: [batch, time, channels]; this shard's piece.
       parameters: [channels]. Their gradients are this shard's share.
@@ -321,7 +324,7 @@ def _backward(coefficients: Coefficients, tile: Tile, axis: str | None, residual
     inputs, parameters, h, entering = residuals
     dh, dh_last = cotangents
     axis = _sharded(axis)
-    if axis is not None:  # h_last is the last shard's, told to all: so its cotangents add up
+    if axis is not None:  # every shard has a copy of h_last, which is the last shard's: their cotangents add up
         dh_last = jax.lax.psum(dh_last, axis)
     tiling = tile(*inputs[0].shape, None)
     dtype = entering[0].dtype
@@ -348,3 +351,8 @@ def _backward(coefficients: Coefficients, tile: Tile, axis: str | None, residual
 
 
 scan.defvjp(_forward, _backward)
+
+
+def linear_scan(tile: Tile, x: Pair, a: Pair, h0: Pair, axis: str | None = None) -> tuple[Pair, Pair]:
+    """`kernels.linear_scan` on the platform of `tile`."""
+    return scan(identity, tile, axis, (*x, *a), (), h0)
