@@ -23,7 +23,7 @@ ALLOWED = {
     },
     "pipelines": {
         "pipelines",
-        *(f"harmonic.{name}" for name in ("audio", "errors", "files", "locks", "loudness", "records")),
+        *(f"harmonic.{name}" for name in ("audio", "errors", "files", "locks", "loudness", "models", "records")),
     },
     "workflows": {"workflows", "pipelines", "configs", "harmonic"},
 }
