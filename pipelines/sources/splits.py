@@ -129,7 +129,7 @@ def split_rule(shares: Sequence[float] | None, validation_list: str | None, test
     both = sorted(lists["validation"] & lists["test"])
     if both:
         raise UserError(
-            f"{one_line(both[0])} stands in both {given['validation']} and {given['test']}; take it out of one"
+            f"{one_line(both[0])} is in both {given['validation']} and {given['test']}; take it out of one"
         )
     return SplitRule(lists=lists, files=given)
 
