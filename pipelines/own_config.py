@@ -6,8 +6,9 @@ import contextlib
 
 from harmonic.errors import UserError
 from harmonic.records import Manifest
-from pipelines.array_record_io import read_file, read_manifest, remove_file, write_file
-from pipelines.sources import DATA_SETS
+from pipelines.beam.sink import read_manifest
+from pipelines.beam.storage import read_file, remove_file, write_file
+from pipelines.sources.layouts import DATA_SETS
 
 CONFIG_NAME = "config.py"
 _AT_ONCE = 16_000  # samples of 256 levels that are held at once, in all windows of a batch together

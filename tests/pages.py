@@ -137,3 +137,8 @@ def make_run(folder: Path, name: str = "sc09", label: str = "seven") -> Path:
     training = {"recordings": 31_158, "compared": 31_000, "seconds": 30_000.0}
     write(folder / "nearest.json", {"step": 300, "seconds": 0.3, "training": training, "groups": groups, **clips})
     return folder
+
+
+def curves(page: Page) -> list[dict[str, str]]:
+    """The curves of a page's charts."""
+    return [path for path in page.all("path") if path["class"].split()[0] in ("raw", "smooth", "curve")]

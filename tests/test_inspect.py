@@ -22,11 +22,12 @@ from prepared import read_folder
 
 from harmonic import audio, records
 from harmonic.errors import UserError
-from pipelines import inspect, survey
+from pipelines import inspect
+from pipelines.audio.waveform import measure
 from pipelines.build import PrepareSpec, prepare
 from pipelines.console import clock
-from pipelines.verify import Verifier
-from pipelines.waveforms import measure
+from pipelines.inspection import survey
+from pipelines.inspection.verify import Verifier
 
 LENGTHS = [2_000, 350, 700, 1_401, 90, 3_000, 1_999, 640, 1_000, 777, 1_234, 20]
 

@@ -29,7 +29,7 @@ class ModelConfig:
       kind: the model's folder in harmonic/models.
     """
 
-    kind: str
+    kind: str = ""
     about: ClassVar[About]
     # Fields that decide neither the parameters nor, but for rounding, what is computed: a run may change them.
     free: ClassVar[tuple[str, ...]] = ()

@@ -313,7 +313,7 @@ class HarmonicRNN(base.Model):
 
     def costs(self, segments: int = 1) -> Costs:
         """As `harmonic_rnn.costs.costs`."""
-        return costs(self, segments)
+        return costs(self.config, self.num_levels, jax.eval_shape(self.init, jax.random.key(0)), segments)
 
 
 class Sampler(base.Sampler):
