@@ -1,4 +1,4 @@
-"""Eight CPU devices, programs that compile quickly, and the fixtures that several test files share.
+"""Eight CPU devices, a strict JAX, programs that compile quickly, and the fixtures that several test files share.
 
 HARMONIC_OPTIMISED=1 compiles programs as a user's run does; the README's test command sets it for the tests marked
 `laws`, which hold the models' laws, and kernels to their references.
@@ -28,6 +28,9 @@ gc.set_threshold(200_000)  # collecting cycles is a quarter of tracing
 _ASKED = (os.environ.get("XLA_FLAGS", ""), *(f"--{flag}={value}" for flag, value in _FLAGS.items() if _knows(flag)))
 os.environ["XLA_FLAGS"] = " ".join(_ASKED)
 os.environ["JAX_PLATFORMS"] = "cpu"
+# A JAX that refuses implicit promotion, also in the processes that tests start.
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 # Tests and the processes that they start compile the same programs again and again.
 _CACHE = os.path.join(tempfile.gettempdir(), f"harmonic-tests-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE)
@@ -36,9 +39,6 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 import jax
 import numpy as np
 import pytest
-
-jax.config.update("jax_numpy_rank_promotion", "allow")
-jax.config.update("jax_numpy_dtype_promotion", "standard")
 
 
 @pytest.fixture

@@ -83,6 +83,12 @@ def test_paths_exist(path):
 WRITTEN = {"config.py", "model.py", "checkpoints/", "samples/", "README.md", "my_config.py", "exports/"}
 
 
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_tests_exist(path):
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert [name for name in re.findall(r"`(test_\w+)`", path.read_text()) if f"def {name}(" not in tests] == []
+
+
 @dataclasses.dataclass(frozen=True)
 class Command:
     """A module, its flags, what `--set` sets, and the config."""

@@ -140,10 +140,12 @@ def test_work_grows_linearly():
 
 def test_operations_are_counted_wherever_they_are():
     """The counter of the test above finds what is quadratic, and multiplies loops."""
-    x = jnp.zeros((64, 8))
-    assert operations(lambda x: x @ x.T, x) == 2 * 64 * 64 * 8
-    assert operations(lambda x: jax.lax.scan(lambda c, row: (c, row @ x.T), 0, x), x) == 64 * 2 * 8 * 64
-    assert operations(lambda x: jax.lax.map(lambda row: jax.jit(jnp.sin)(row), x), x) == 64 * 2 * 8
+    x, w = jnp.zeros((64, 8)), jnp.zeros((8, 32))
+    products = 64 * 2 * 8 * 32
+    assert operations(jnp.dot, x, w) == products
+    assert operations(lambda x, w: jax.lax.scan(lambda carry, row: (carry, row @ w), 0, x), x, w) == products
+    assert operations(lambda x: jax.lax.map(jax.jit(jnp.sin), x), x) == 64 * 2 * 8
+    assert operations(lambda x: jnp.einsum("ik,jk->ij", x, x), x) == pytest.approx(2 * 64 * 64 * 8, rel=0.1)
     with pytest.raises(ValueError, match="rounds are not known"):
         operations(lambda x: jax.lax.while_loop(lambda x: (x > 0).all(), jnp.sin, x), x)
 

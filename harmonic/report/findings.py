@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,32 +35,31 @@ _QUANTILES = ("0", "0.05", "0.25", "0.5", "0.75")
 
 def perceptual(found: Json, dataset: str) -> Json | None:
     """The figures of perceptual.json, beside those published for the same data set."""
-    rows, ours = [], None
+    rows: list[list[str]] = []
+    ours: int | None = None
     for key, title in _ROWS:
         row = section(found, key)
-        cells = _cells(_FIGURES, lambda name, row=row: number(row, name))
+        cells = _cells(_FIGURES, functools.partial(number, row))
         if any(cells):
             ours = len(rows) if key == "generated" else ours
             clips = number(row, "clips") or number(row, "kept")
             rows.append([title, f"{clips:,.0f}" if clips else "", *cells])
+    if not rows:
+        return None
     theirs = [
         [row.title, *cells]
         for row in published.RESULTS
         if row.dataset == dataset and any(cells := _cells(_PUBLISHED, row.value))
     ]
-    return (
-        {
-            "head": ["Clips", "Number", *(title for _, title, _ in _FIGURES)],
-            "rows": rows,
-            "ours": ours,
-            "step": number(found, "step"),
-            "temperature": number(found, "temperature"),
-            "published_head": ["Model", *(title for _, title, _ in _PUBLISHED)],
-            "published": theirs,
-        }
-        if rows
-        else None
-    )
+    return {
+        "head": ["Clips", "Number", *(title for _, title, _ in _FIGURES)],
+        "rows": rows,
+        "ours": ours,
+        "step": number(found, "step"),
+        "temperature": number(found, "temperature"),
+        "published_head": ["Model", *(title for _, title, _ in _PUBLISHED)],
+        "published": theirs,
+    }
 
 
 def _cells(figures: tuple[tuple[str, str, int], ...], value_of: Callable[[str], float | None]) -> list[str]:
