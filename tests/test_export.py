@@ -27,6 +27,7 @@ from harmonic.checkpoint import Checkpoints, model_description
 from harmonic.errors import UserError
 from harmonic.export import export_run
 from harmonic.model_card import public_command, public_source
+from harmonic.models import make
 from harmonic.run import Run
 from harmonic.step import init_state
 
