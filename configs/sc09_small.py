@@ -7,17 +7,15 @@ whole recordings. The learning rate is four times the paper's, and the average o
 since the run is short.
 """
 
+from harmonic import models
 from harmonic.config import Config, DataConfig, EvaluateConfig, GenerateConfig, TrainConfig
-from harmonic.models.harmonic_rnn.config import ModelConfig
 
 
 def get_config() -> Config:
     """The config."""
     return Config(
         name="sc09_small",
-        model=ModelConfig(
-            width=32, state_width=64, pool_factors=(4, 4), blocks_per_level=2, pool_groups=1, dropout=0.0
-        ),
+        model=models.reduced().config,
         data=DataConfig(dataset="sc09", encoding="mu_law", window_length=4_000),
         train=TrainConfig(
             steps=2_400,

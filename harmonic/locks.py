@@ -110,7 +110,7 @@ def _take(path: str, folder: Path) -> int:
             if error.errno not in _WITHOUT:
                 os.close(descriptor)
                 raise
-            print(f"{folder} lies where files cannot be locked: let no two processes write to it", file=sys.stderr)
+            print(f"{folder} is on a file system without locks: let no two processes write to it", file=sys.stderr)
         if is_at(descriptor, path):
             break
         os.close(descriptor)  # its last holder has just removed it

@@ -297,7 +297,7 @@ def load_manifest(folder: str | os.PathLike[str]) -> Manifest:
         return Manifest.from_json(path.read_bytes().decode())  # text mode would repair damaged line ends
     except FileNotFoundError:
         raise UserError(
-            f"{path} is missing: no data set stands in {folder}; make one with "
+            f"{path} is missing: there is no data set in {folder}; make one with "
             f"python -m pipelines.prepare --dataset {Path(folder).name} --output_dir {Path(folder).parent}"
         ) from None
     except (OSError, ValueError, RecursionError) as error:

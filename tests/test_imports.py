@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from harmonic import models
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("configs", "harmonic", "pipelines", "workflows")
 ALLOWED = {
@@ -23,7 +25,7 @@ ALLOWED = {
     },
     "pipelines": {
         "pipelines",
-        *(f"harmonic.{name}" for name in ("audio", "errors", "files", "locks", "loudness", "records")),
+        *(f"harmonic.{name}" for name in ("audio", "errors", "files", "locks", "loudness", "models", "records")),
     },
     "workflows": {"workflows", "pipelines", "configs", "harmonic"},
 }
@@ -200,3 +202,22 @@ def test_tests_import_no_other_tests():
 def test_modules_stay_small_enough_to_read():
     lengths = {path: len(path.read_text().splitlines()) for path in FILES}
     assert {str(p): n for p, n in lengths.items() if n > 500} == {}
+
+
+FIELDS = ("pool_factors", "blocks_per_level", "level_blocks", "pool_groups", "gate_blocks", "state_width")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_models_are_known_by_their_protocol_alone(path):
+    """No code outside harmonic/models names a kind, its classes or its fields; configs name the kind they are of."""
+    room = path.relative_to(ROOT).parts
+    if room[0] == "configs" or room[:2] == ("harmonic", "models"):
+        return
+    assert not {name for name in imports(path) for kind in models.kinds() if name.startswith(f"harmonic.models.{kind}")}
+    tree = ast.parse(path.read_text())
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    names |= {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    # The cache of downloads is a folder of the project's name.
+    project = {"harmonic_rnn"} if path == ROOT / "pipelines/sources/hub.py" else set()
+    assert not (names - project) & {*FIELDS, "HarmonicRNN", *models.kinds()}

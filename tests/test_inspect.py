@@ -340,7 +340,7 @@ def test_files_that_are_missing_cut_superfluous_or_swapped(copy, tmp_path):
         assert any(line.startswith(f"{shard.file}: record 0 (") and "not" in line for line in found)
     found = damaged(lambda: swap(first.index_file, second.index_file))
     assert {line.split()[0] for line in found} == {first.index_file, second.index_file}
-    with pytest.raises(UserError, match="no data set stands in"):
+    with pytest.raises(UserError, match="there is no data set in"):
         damaged((copy / "manifest.json").unlink)
 
 

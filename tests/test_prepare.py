@@ -21,6 +21,7 @@ from prepared import TWO_PROCESSES, read_folder, shards_of, subprocess_of
 from harmonic import audio, records
 from harmonic import loudness as levels
 from pipelines import build, prepare
+from pipelines.beam import graph
 from pipelines.build import PrepareSpec
 
 
@@ -203,7 +204,7 @@ def test_splits_by_lists(run, refused, tmp_path):
         (both[:2], "--validation_list is given without --test_list; every data set has both splits"),
         ([*both[:2], "--test_list", tmp_path / "gone"], "gone cannot be read: No such file or directory; give a text"),
         ([*both[:2], "--test_list", lists["none"]], "none names no recordings; every split needs at least one"),
-        ([*both[:2], "--test_list", lists["v"]], "0/0.wav stands in both"),
+        ([*both[:2], "--test_list", lists["v"]], "0/0.wav is in both"),
         (
             [*both[2:], "--validation_list", tmp_path / "absent"],
             "names 2 recordings that are not there, 7/7.wav the first",
@@ -355,7 +356,7 @@ def test_what_stands_whole_needs_no_source(run, refused, tmp_path):
 def test_a_whole_data_set_is_left_alone(tmp_path, monkeypatch):
     spec = PrepareSpec("mine", str(write_folder(tmp_path / "f", mine())), str(tmp_path))
     manifest = build.prepare(spec)
-    monkeypatch.setattr(build, "_run", None)
+    monkeypatch.setattr(graph, "run", None)
     assert build.prepare(spec) == manifest
 
 

@@ -246,7 +246,7 @@ def test_a_killed_run_leaves_nothing_that_looks_whole(tmp_path, options):
     assert len(left) == 1 and left[0].startswith("_partial-")
     time.sleep(1 if options else 0)  # its workers notice, and leave
     spec = PrepareSpec("mine", str(source), str(tmp_path / "killed"), num_shards=4)
-    with pytest.raises(UserError, match="no data set stands in"):
+    with pytest.raises(UserError, match="there is no data set in"):
         records.load_manifest(folder)
     build.prepare(spec)
     other = PrepareSpec("mine", str(source), str(tmp_path / "whole"), num_shards=4)

@@ -94,7 +94,7 @@ def test_hash_leaves_no_split_empty(count):
     ("lists", "message"),
     [
         ({"validation": ["zero/1.wav"], "test": []}, r"validation_list.txt names 1 recordings .* 'zero/1.wav'"),
-        ({"validation": ["zero/0.wav"], "test": ["zero/0.wav"]}, r"'zero/0.wav' stands in both"),
+        ({"validation": ["zero/0.wav"], "test": ["zero/0.wav"]}, r"'zero/0.wav' is in both"),
     ],
 )
 def test_lists_that_do_not_fit(lists, message):

@@ -44,24 +44,22 @@ def perceptual(found: Json, dataset: str) -> Json | None:
             ours = len(rows) if key == "generated" else ours
             clips = number(row, "clips") or number(row, "kept")
             rows.append([title, f"{clips:,.0f}" if clips else "", *cells])
+    if not rows:
+        return None
     theirs = [
         [row.title, *cells]
         for row in published.RESULTS
         if row.dataset == dataset and any(cells := _cells(_PUBLISHED, row.value))
     ]
-    return (
-        {
-            "head": ["Clips", "Number", *(title for _, title, _ in _FIGURES)],
-            "rows": rows,
-            "ours": ours,
-            "step": number(found, "step"),
-            "temperature": number(found, "temperature"),
-            "published_head": ["Model", *(title for _, title, _ in _PUBLISHED)],
-            "published": theirs,
-        }
-        if rows
-        else None
-    )
+    return {
+        "head": ["Clips", "Number", *(title for _, title, _ in _FIGURES)],
+        "rows": rows,
+        "ours": ours,
+        "step": number(found, "step"),
+        "temperature": number(found, "temperature"),
+        "published_head": ["Model", *(title for _, title, _ in _PUBLISHED)],
+        "published": theirs,
+    }
 
 
 def _cells(figures: tuple[tuple[str, str, int], ...], value_of: Callable[[str], float | None]) -> list[str]:

@@ -114,7 +114,7 @@ class HubSource(Source):
     def _listing(self) -> list[SourceRecording]:
         own = self._list_files() if self._columns is None else self._list_rows()
         if len({recording.id for recording in own}) < len(own):
-            raise UserError(f"{self.name} has files that stand in several splits; give another configuration of it")
+            raise UserError(f"{self.name} has files in several splits; give another configuration of it")
         if len(own) < 3:
             raise UserError(f"{self.name} holds {len(own)} recordings: at least 3 are needed, one for each split")
         splits = _splits(self.name, {recording.id: recording.split for recording in own})

@@ -25,7 +25,7 @@ class Misfit(Exception):
     """A source's files are not laid out as they should be.
 
     Args:
-      problem: goes on from the source's path: "holds no ...".
+      problem: continues the sentence that the source's path begins: "holds no ...".
       way_out: what the user can do; to give the data set's archive or folder, if None.
     """
 
@@ -162,7 +162,7 @@ def split_by_lists(ids: Collection[str], lists: dict[str, list[str]], labels: tu
             )
         for name in named:
             if splits[name] != "train":
-                raise UserError(f"{name!r} stands in both {' and '.join(LISTS.values())}; get the archive again")
+                raise UserError(f"{name!r} is in both {' and '.join(LISTS.values())}; get the archive again")
             splits[name] = split
     return splits
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from harmonic import kernels
+from harmonic.errors import check
 from harmonic.kernels import Pair
 from harmonic.kernels.context_parallel import left_halo
 from harmonic.kernels.dense import dense, normalise
@@ -119,6 +120,8 @@ class HarmonicRNN(base.Model):
     def __init__(self, config: ModelConfig, num_levels: int = 256, channels: int = 1):
         if channels != 1:
             raise ValueError(f"HarmonicRNN models one channel, got {channels}")
+        names = kernels.IMPLEMENTATIONS
+        check(config.kernel in names, "model.kernel", config.kernel, f"one of {', '.join(names)}")
         super().__init__(config, num_levels, channels)
         self.random = config.dropout > 0 or config.embedding_dropout > 0
         factors, blocks = config.pool_factors, config.level_blocks
