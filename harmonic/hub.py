@@ -32,7 +32,7 @@ def fetch(repo: str, files: Sequence[str], revision: str | None = None) -> Path:
     """The folder of the cache that holds `files` of a model repository, all of one commit; no other file is fetched.
 
     Raises:
-      UserError: no such repository or revision, no leave to read it, no connection.
+      UserError: no such repository or revision, no permission to read it, no connection.
     """
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(files)))
@@ -75,7 +75,7 @@ def push(folder: Path, repo: str, files: Sequence[str], *, private: bool = False
       The commit's address.
 
     Raises:
-      UserError: no token, no leave to write, no connection, or another model stands there.
+      UserError: no token, no permission to write, no connection, or the repository holds another model.
     """
     check_push(repo)
     api = HfApi()

@@ -1,7 +1,7 @@
 """The processes of a run, each with devices of its own: how they join, what they tell one another, and how they end.
 
-What is not in arrays goes through the store of JAX's coordinator, which lives in process 0. A process that is gone is
-noticed by its silence: the collectives of the others would wait for it without end.
+Anything that is not an array goes through the store of JAX's coordinator, which runs in process 0. A process that has
+died is noticed by its silence: the collectives of the others would wait for it forever.
 """
 
 from __future__ import annotations

@@ -3,9 +3,8 @@
     python -m workflows.full_run
     python -m workflows.full_run --config=sc09_small --source=sc09.zip
 
-Each stage is skipped when its output is already whole: a run that was interrupted anywhere goes on with the same
-command. Several processes train together; what comes before and after is done by the first, and the others wait, and
-end.
+Each stage is skipped when its output is already whole: a run that was interrupted anywhere continues with the same
+command. Several processes train together; the first one alone runs the other stages, while the rest wait, and end.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ def _mark(index: int, child: subprocess.Popen) -> None:
 
 
 def main() -> None:
-    """Launches what stands behind `--`."""
+    """Launches the command after `--`."""
     app.define_help_flags()
     try:
         _, *command = flags.FLAGS(sys.argv)
