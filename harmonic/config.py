@@ -21,85 +21,17 @@ import typing
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
-from harmonic.errors import UserError
+from harmonic import models
+from harmonic.errors import UserError, check
 
 T = TypeVar("T")
 
 
-def _check(ok: bool, field: str, value: object, allowed: str) -> None:
-    if not ok:
-        raise UserError(f"{field}={value!r:.80} is impossible: it must be {allowed}")
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """The network. Defaults are the paper's baseline (7,272,704 parameters).
-
-    Attributes:
-      width: features of the residual stream.
-      state_width: real numbers in a CG-LRU state: half as many complex channels.
-      pool_factors: pooling factors from the outermost level to the innermost; () for none.
-      blocks_per_level: temporal blocks (each with its MLP block) down and again up a level, and within the innermost;
-        one number for all, or one a level, from the outermost to the innermost.
-      pool_groups: feature groups of the pooling convolutions: `width` is diagonal, 1 is dense.
-      gate_blocks: blocks of the block-diagonal gates.
-      embedding: how tokens enter: sinusoidal (fixed), linear (scaled to [-1, 1) and projected) or learned (a table).
-      embedding_dropout: probability that a feature of the embedding is dropped (the paper tries it on the table).
-      dropout: probability that a feature of a residual branch is dropped.
-      activations: what the parallel forward and its gradient keep between layers; parameters, states, norms and logits
-        are float32 in any case, and so is generation.
-    """
-
-    width: int = 128
-    state_width: int = 256
-    pool_factors: tuple[int, ...] = (2, 4, 4, 5)
-    blocks_per_level: int | tuple[int, ...] = 4
-    pool_groups: int = 128
-    gate_blocks: int = 32
-    embedding: Literal["sinusoidal", "linear", "learned"] = "sinusoidal"
-    embedding_dropout: float = 0.0
-    dropout: float = 0.2
-    activations: Literal["float32", "bfloat16"] = "float32"
-
-    def __post_init__(self) -> None:
-        w, s = self.width, self.state_width
-        _check(w >= 2 and w % 2 == 0, "model.width", w, "an even number from 2 on")
-        _check(s >= 2 and s % 2 == 0, "model.state_width", s, "an even number from 2 on")
-        _check(all(f >= 2 for f in self.pool_factors), "model.pool_factors", self.pool_factors, "factors from 2 on")
-        levels = len(self.pool_factors) + 1
-        blocks = self.blocks_per_level
-        _check(
-            isinstance(blocks, int) or len(blocks) == levels,
-            "model.blocks_per_level",
-            blocks,
-            f"one number, or {levels} (one for each level of pool_factors={self.pool_factors}, and the innermost)",
-        )
-        _check(min(self.level_blocks) >= 1, "model.blocks_per_level", blocks, "at least 1")
-        groups = self.pool_groups
-        _check(groups >= 1 and w % groups == 0, "model.pool_groups", groups, f"a divisor of model.width={w}")
-        gates = self.gate_blocks
-        _check(gates >= 1 and (s // 2) % gates == 0, "model.gate_blocks", gates, f"a divisor of state_width/2={s // 2}")
-        for name in ("dropout", "embedding_dropout"):
-            p = getattr(self, name)
-            _check(0 <= p < 1, f"model.{name}", p, "at least 0 and below 1")
-
-    @property
-    def level_blocks(self) -> tuple[int, ...]:
-        """`blocks_per_level`, one number a level."""
-        blocks = self.blocks_per_level
-        return (blocks,) * (len(self.pool_factors) + 1) if isinstance(blocks, int) else blocks
-
-    @property
-    def pooling_product(self) -> int:
-        """Samples to one step of the innermost level."""
-        return math.prod(self.pool_factors)
-
-
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is prepared and read.
+    """The data set, and how it is read.
 
     Attributes:
       dataset: name of the prepared data set (a folder of the data folder).
@@ -123,13 +55,13 @@ class DataConfig:
     prefetch: int = 4
 
     def __post_init__(self) -> None:
-        _check(bool(self.dataset) and "/" not in self.dataset, "data.dataset", self.dataset, "a folder's plain name")
-        _check(2 <= self.num_levels <= 65_536, "data.num_levels", self.num_levels, "between 2 and 65536")
-        _check(self.window_length >= 1, "data.window_length", self.window_length, "at least 1 sample")
-        _check(self.hop_length >= 0, "data.hop_length", self.hop_length, "at least 0 (0: the data set's own)")
-        _check(self.crop_length >= 0, "data.crop_length", self.crop_length, "at least 0 (0: whole recordings)")
-        _check(self.threads >= 1, "data.threads", self.threads, "at least 1")
-        _check(self.prefetch >= 1, "data.prefetch", self.prefetch, "at least 1")
+        check(bool(self.dataset) and "/" not in self.dataset, "data.dataset", self.dataset, "a folder's plain name")
+        check(2 <= self.num_levels <= 65_536, "data.num_levels", self.num_levels, "between 2 and 65536")
+        check(self.window_length >= 1, "data.window_length", self.window_length, "at least 1 sample")
+        check(self.hop_length >= 0, "data.hop_length", self.hop_length, "at least 0 (0: the data set's own)")
+        check(self.crop_length >= 0, "data.crop_length", self.crop_length, "at least 0 (0: whole recordings)")
+        check(self.threads >= 1, "data.threads", self.threads, "at least 1")
+        check(self.prefetch >= 1, "data.prefetch", self.prefetch, "at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,8 +79,8 @@ class TrainConfig:
       ema_decay: of the average of the weights that is evaluated and sampled; 0 takes the raw weights.
       ema_debias: weigh the average by the updates made so far, so that the initial weights do not stay in it: for
         short runs.
-      accumulate: parts that each device takes its windows in, one behind the other, their gradients added: the memory
-        of one part, the same result.
+      accumulate: parts that each device takes its windows in, one after another, their gradients added: the memory of
+        one part, the same result.
       segment_length: samples held in memory at once, a multiple of the pooling product; 0 takes whole windows.
       log_every, validate_every, checkpoint_every: steps between; 0 for none but at the end.
       validation_recordings: recordings of the validation split that are looked at; 0 for all.
@@ -180,12 +112,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch_size", "accumulate"):
-            _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
+            check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         for name in ("learning_rate", "clip_norm", "skip_norm"):
             value = getattr(self, name)
-            _check(math.isfinite(value) and value > 0, f"train.{name}", value, "above 0")
+            check(math.isfinite(value) and value > 0, f"train.{name}", value, "above 0")
         for name in ("beta1", "beta2", "ema_decay"):
-            _check(0 <= getattr(self, name) < 1, f"train.{name}", getattr(self, name), "at least 0 and below 1")
+            check(0 <= getattr(self, name) < 1, f"train.{name}", getattr(self, name), "at least 0 and below 1")
         for name in (
             "warmup_steps",
             "weight_decay",
@@ -196,10 +128,10 @@ class TrainConfig:
             "validation_recordings",
             "sample_every",
         ):
-            _check(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "at least 0")
-        _check(0.01 <= self.sample_seconds < math.inf, "train.sample_seconds", self.sample_seconds, "at least 0.01")
+            check(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "at least 0")
+        check(0.01 <= self.sample_seconds < math.inf, "train.sample_seconds", self.sample_seconds, "at least 0.01")
         project = self.wandb_project
-        _check(not set(project) & set("/\\#?%: \n"), "train.wandb_project", project, "a project's plain name, or empty")
+        check(not set(project) & set("/\\#?%: \n"), "train.wandb_project", project, "a project's plain name, or empty")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,16 +149,16 @@ class EvaluateConfig:
     context_seconds: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        _check(self.batch_size >= 1, "evaluate.batch_size", self.batch_size, "at least 1")
-        _check(self.segment_length >= 1, "evaluate.segment_length", self.segment_length, "at least 1")
+        check(self.batch_size >= 1, "evaluate.batch_size", self.batch_size, "at least 1")
+        check(self.segment_length >= 1, "evaluate.segment_length", self.segment_length, "at least 1")
         contexts = self.context_seconds
         ok = len(contexts) <= 16 and all(0.001 <= seconds < math.inf for seconds in contexts)
-        _check(ok, "evaluate.context_seconds", contexts, "at most 16 numbers of seconds, each at least 0.001")
+        check(ok, "evaluate.context_seconds", contexts, "at most 16 numbers of seconds, each at least 0.001")
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
-    """What full_run generates, and the defaults of workflows.generate.
+    """The clips that full_run generates, and the defaults of workflows.generate.
 
     Attributes:
       num_samples: clips generated side by side.
@@ -245,12 +177,12 @@ class GenerateConfig:
     prompt_seconds: float = 0.5
 
     def __post_init__(self) -> None:
-        _check(self.num_samples >= 1, "generate.num_samples", self.num_samples, "at least 1")
-        _check(0 < self.seconds < math.inf, "generate.seconds", self.seconds, "above 0")
-        _check(0 < self.temperature < math.inf, "generate.temperature", self.temperature, "above 0")
-        _check(0 < self.top_p <= 1, "generate.top_p", self.top_p, "above 0 and at most 1")
-        _check(self.num_continuations >= 0, "generate.num_continuations", self.num_continuations, "at least 0")
-        _check(0 < self.prompt_seconds < math.inf, "generate.prompt_seconds", self.prompt_seconds, "above 0")
+        check(self.num_samples >= 1, "generate.num_samples", self.num_samples, "at least 1")
+        check(0 < self.seconds < math.inf, "generate.seconds", self.seconds, "above 0")
+        check(0 < self.temperature < math.inf, "generate.temperature", self.temperature, "above 0")
+        check(0 < self.top_p <= 1, "generate.top_p", self.top_p, "above 0 and at most 1")
+        check(self.num_continuations >= 0, "generate.num_continuations", self.num_continuations, "at least 0")
+        check(0 < self.prompt_seconds < math.inf, "generate.prompt_seconds", self.prompt_seconds, "above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,8 +193,8 @@ class MeshConfig:
     seq: int = 1
 
     def __post_init__(self) -> None:
-        _check(self.data >= 1, "mesh.data", self.data, "at least 1")
-        _check(self.seq >= 1, "mesh.seq", self.seq, "at least 1")
+        check(self.data >= 1, "mesh.data", self.data, "at least 1")
+        check(self.seq >= 1, "mesh.seq", self.seq, "at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +202,7 @@ class Config:
     """A whole run."""
 
     name: str = "run"
-    model: ModelConfig = ModelConfig()
+    model: models.ModelConfig = dataclasses.field(default_factory=lambda: models.config_class(models.DEFAULT_KIND)())
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -279,21 +211,19 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check(bool(self.name) and "/" not in self.name, "name", self.name, "a plain name")
-        _check(0 <= self.seed < 2**31, "seed", self.seed, "between 0 and 2**31 - 1")
+        check(bool(self.name) and "/" not in self.name, "name", self.name, "a plain name")
+        check(0 <= self.seed < 2**31, "seed", self.seed, "between 0 and 2**31 - 1")
         batch, data = self.train.global_batch_size, self.mesh.data
-        _check(batch % data == 0, "train.global_batch_size", batch, f"a multiple of mesh.data={data}")
+        check(batch % data == 0, "train.global_batch_size", batch, f"a multiple of mesh.data={data}")
         parts = self.train.accumulate
-        _check(
-            batch // data % parts == 0, "train.accumulate", parts, f"a divisor of a device's {batch // data} windows"
-        )
-        multiple = self.model.pooling_product * self.mesh.seq
+        check(batch // data % parts == 0, "train.accumulate", parts, f"a divisor of a device's {batch // data} windows")
+        multiple = self.model.multiple * self.mesh.seq
         segment = self.train.segment_length
-        _check(
+        check(
             segment % multiple == 0,
             "train.segment_length",
             segment,
-            f"a multiple of {multiple} (the pooling product {self.model.pooling_product} x mesh.seq={self.mesh.seq}), "
+            f"a multiple of {multiple} (the model's multiple {self.model.multiple} x mesh.seq={self.mesh.seq}), "
             f"such as {-(-max(segment, 1) // multiple) * multiple}, or 0 for whole windows",
         )
 
@@ -305,7 +235,7 @@ class Config:
     @property
     def segments(self) -> tuple[int, int]:
         """(number, length) of the segments that a training window is padded to and cut into."""
-        multiple = self.model.pooling_product * self.mesh.seq
+        multiple = self.model.multiple * self.mesh.seq
         length = self.train.segment_length or -(-self.training_length // multiple) * multiple
         return -(-self.training_length // length), length
 
@@ -323,13 +253,17 @@ def _build(cls: type[T], raw: object, prefix: str) -> T:
     if not isinstance(raw, dict):
         raise UserError(f"{prefix.rstrip('.') or 'the config'} must be an object with named fields, got {raw!r:.60}")
     hints = typing.get_type_hints(cls)
+    hints = {field.name: hints[field.name] for field in dataclasses.fields(cast(Any, cls))}
     for name in raw:
         if name not in hints:
             raise UserError(_unknown(f"{prefix}{name}", hints, prefix))
     values: dict[str, Any] = {}
     for name, value in raw.items():
-        if dataclasses.is_dataclass(hints[name]):
-            values[name] = _build(typing.cast(type, hints[name]), value, f"{prefix}{name}.")
+        if hints[name] is models.ModelConfig and isinstance(value, dict):
+            kind = models.config_class(value.get("kind", models.DEFAULT_KIND))
+            values[name] = _build(kind, value, f"{prefix}{name}.")
+        elif dataclasses.is_dataclass(hints[name]):
+            values[name] = _build(cast(type, hints[name]), value, f"{prefix}{name}.")
         else:
             values[name] = _coerce(hints[name], value, f"{prefix}{name}")
     return cls(**values)
@@ -354,8 +288,9 @@ def _coerce(kind: Any, value: object, path: str) -> Any:
                 continue
     elif origin is Literal and value in args:
         return value
-    elif origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(_coerce(args[0], item, path) for item in value)
+    elif origin is tuple:
+        items = value if isinstance(value, (list, tuple)) else (value,)
+        return tuple(_coerce(args[0], item, path) for item in items)
     elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         with contextlib.suppress(OverflowError):  # whole numbers have no largest
             return float(value)
@@ -379,10 +314,11 @@ def _describe(kind: Any) -> str:
 def override(config: Config, assignments: Iterable[str]) -> Config:
     """A config with `section.field=value` assignments applied, all together, then checked.
 
-    Values are read as Python or JSON literals (`200`, `0.1`, `true`, `2,4,4`, `()`), else as text.
+    Values are read as Python or JSON literals (`200`, `0.1`, `true`, `2,4,4`, `()`), else as text. Another
+    `model.kind` begins with that kind's defaults.
     """
     raw = dataclasses.asdict(config)
-    for assignment in assignments:
+    for assignment in sorted(assignments, key=lambda text: text.partition("=")[0].strip() != "model.kind"):
         path, equals, text = assignment.partition("=")
         if not equals:
             shown = assignment if assignment.isprintable() else repr(assignment)
@@ -395,9 +331,11 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
             node, prefix = node[section], f"{prefix}{section}."
         if name not in node or isinstance(node[name], dict):
             raise UserError(_unknown(f"{prefix}{name}", node, prefix))
-        was_tuple = isinstance(node[name], tuple)
         value = _literal(text.strip(), as_text=isinstance(node[name], str))
-        node[name] = (value,) if was_tuple and isinstance(value, (int, float)) and name != "blocks_per_level" else value
+        if node is raw["model"] and name == "kind" and value != node[name]:
+            raw["model"] = dataclasses.asdict(models.config_class(value)())
+        else:
+            node[name] = value
     return from_dict(raw)
 
 
@@ -477,3 +415,10 @@ def config_names() -> list[str]:
     root = Path(next(iter(module.__path__)))
     paths = sorted(p.relative_to(root).with_suffix("") for p in root.glob("*.py") if p.stem != "__init__")
     return [path.as_posix() for path in paths]
+
+
+def __getattr__(name: str) -> Any:
+    # Configs that were written beside people's own recordings import it from here.
+    if name == "ModelConfig":
+        return models.config_class(models.DEFAULT_KIND)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,7 @@
 """From a prepared data set to batches: Grain over ArrayRecord files.
 
     dataset = Dataset("data/sc09")
-    batches = train_batches(dataset, config)                 # an iterator: {"tokens", "length", "row"}
+    batches = train_batches(dataset, config)                 # an iterator: {"tokens", "length", "label", "row"}
     for batch in evaluation_batches(dataset, "test", ...):   # recordings in order, streamed in segments
 
 Windows are index arithmetic over the records of a recording; only the records that a window touches are read, and of
@@ -13,7 +13,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -63,6 +63,15 @@ class Split:
         self._lock = threading.Lock()
         for shard in shards:
             _check_records(folder, shard)
+
+    def labels(self) -> tuple[str, ...]:
+        """The labels of its recordings, in order; a recording's label is given as its place here."""
+        return tuple(sorted({r.label for r in self.recordings if r.label is not None}))
+
+    def label_numbers(self, labels: Sequence[str]) -> np.ndarray:
+        """[recordings] int32, the place of each one's label in `labels`; -1 where it is not there, or has none."""
+        places = {label: place for place, label in enumerate(labels)}
+        return np.array([places.get(r.label or "", -1) for r in self.recordings], np.int32)
 
     def read(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens [length, channels] of samples start .. stop of a recording (all of it by default).
@@ -144,6 +153,10 @@ class Dataset:
             self._splits[name] = Split(self.folder, self.manifest, name)
         return self._splits[name]
 
+    def labels(self) -> tuple[str, ...]:
+        """The labels that a model may be conditioned on: those of the training split."""
+        return self.split("train").labels()
+
     def check(self, config: Config) -> None:
         """Refuses a config that reads other tokens than the data set holds."""
         for name, ours in (("encoding", config.data.encoding), ("num_levels", config.data.num_levels)):
@@ -196,9 +209,11 @@ class Windows(grain.sources.RandomAccessDataSource):
       crop: use only the first that many samples of each recording; 0 for all.
       padded: length of a window with its padding; at least the longest window.
       segments: equal parts of that length, which are cut into pieces.
-      piece: (i, n): return and read only the i-th of n equal pieces of every segment, one behind the other.
+      labels: of the data set; a recording's label is its number among them.
+      piece: (i, n): return and read only the i-th of n equal pieces of every segment, joined.
 
-    Items are {"tokens": [padded / n, channels], "length": int32, of the whole window}.
+    Items are {"tokens": [padded / n, channels], "length": int32, of the whole window, "label": int32, its place in
+    `labels`, or -1}.
     """
 
     def __init__(
@@ -210,16 +225,18 @@ class Windows(grain.sources.RandomAccessDataSource):
         crop: int = 0,
         padded: int | None = None,
         segments: int = 1,
+        labels: Sequence[str] = (),
         piece: tuple[int, int] = (0, 1),
     ):
         self._split, self.window, self.hop = split, window, hop or window
+        self._labels = split.label_numbers(labels)
         self.lengths = np.minimum(split.lengths, crop) if crop else split.lengths
         self._ends = np.cumsum([count_windows(int(length), window, self.hop) for length in self.lengths])
         self.padded = padded or int(min(window, self.lengths.max()))
         index, count = piece
         stride, self._piece = self.padded // segments, self.padded // segments // count
         self._offsets = [segment * stride + index * self._piece for segment in range(segments)]
-        # Where no record fits between two pieces, all are touched, and one read fetches each of them once.
+        # If the gap between two pieces is shorter than a record, one read of the whole span decodes each record once.
         self._at_once = stride - self._piece < split.manifest.record_length
 
     def __len__(self) -> int:
@@ -229,9 +246,10 @@ class Windows(grain.sources.RandomAccessDataSource):
         recording, start, stop = self.locate(index)
         pieces = [(start + offset, min(start + offset + self._piece, stop)) for offset in self._offsets]
         pieces = [(first, last) for first, last in pieces if first < stop]
+        about = {"length": np.int32(stop - start), "label": self._labels[recording]}
         if len(self._offsets) == len(pieces) == 1 and pieces[0][1] - pieces[0][0] == self._piece:
             # Nothing to fill up, and nothing to copy.
-            return {"tokens": self._split.read(recording, *pieces[0]), "length": np.int32(stop - start)}
+            return {"tokens": self._split.read(recording, *pieces[0]), **about}
         shape = (len(self._offsets), self._piece, self._split.manifest.channels)
         tokens = np.zeros(shape, self._split.manifest.token_dtype)
         if pieces and self._at_once:
@@ -240,7 +258,7 @@ class Windows(grain.sources.RandomAccessDataSource):
         for number, (first, last) in enumerate(pieces):
             read = span[first - begin : last - begin] if self._at_once else self._split.read(recording, first, last)
             tokens[number, : last - first] = read
-        return {"tokens": tokens.reshape(-1, shape[2]), "length": np.int32(stop - start)}
+        return {"tokens": tokens.reshape(-1, shape[2]), **about}
 
     def locate(self, index: SupportsIndex) -> tuple[int, int, int]:
         """(recording, start, stop) of a window."""
@@ -270,9 +288,9 @@ def train_batches(
       piece: (j, m): read only the j-th of m equal pieces of each segment.
 
     Returns:
-      Batches {"tokens": [batch / n, segments * segment_length / m, channels], "length": [batch / n] int32, "row":
-      [batch / n] int32, the row in the global batch}. Its `get_state()` is a small dictionary that any number of
-      shards, pieces and threads can `set_state()`.
+      Batches {"tokens": [batch / n, segments * segment_length / m, channels], and [batch / n] int32 "length", "label"
+      (its place in `Dataset.labels`, or -1) and "row" (in the global batch)}. Its `get_state()` is a small dictionary
+      that any number of shards, pieces and threads can `set_state()`.
 
     Raises:
       UserError: a batch that the shards do not divide.
@@ -290,6 +308,7 @@ def train_batches(
         crop=config.data.crop_length,
         padded=segments * length,
         segments=segments,
+        labels=dataset.labels(),
         piece=piece,
     )
     rows = np.arange(index, batch, count, dtype=np.int32)
@@ -320,10 +339,12 @@ class EvaluationBatch:
 
     Attributes:
       lengths: [batch] int32 samples of each row; 0 for rows that only fill the batch.
+      labels: [batch] int32, the place of each row's label among those given, or -1.
       segments: yields tokens [batch, segment_length, channels] from the start to the end of the longest row.
     """
 
     lengths: np.ndarray
+    labels: np.ndarray
     segments: Iterator[np.ndarray]
 
 
@@ -336,6 +357,7 @@ def evaluation_batches(
     reset_every: int = 0,
     limit: int = 0,
     shard: tuple[int, int] = (0, 1),
+    labels: Sequence[str] = (),
 ) -> Iterator[EvaluationBatch]:
     """A split, every sample once: recordings longest first, so that rows of a batch end together.
 
@@ -347,7 +369,9 @@ def evaluation_batches(
       reset_every: cut recordings into rows of that many samples, each with no past; 0 keeps recordings whole.
       limit: look only at that many recordings, spread over the split; 0 for all.
       shard: (i, n): only the i-th of n shares, of about the same size, which together are the whole.
+      labels: of the data set; a recording's label is its number among them.
     """
+    numbers = split.label_numbers(labels)
     chosen = np.arange(len(split.recordings))
     if limit and limit < len(chosen):
         chosen = chosen[np.linspace(0, len(chosen) - 1, limit).round().astype(int)]
@@ -363,7 +387,9 @@ def evaluation_batches(
         batch = rows[first : first + batch_size]
         lengths = np.zeros(batch_size, np.int32)
         lengths[: len(batch)] = [stop - start for _, start, stop in batch]
-        yield EvaluationBatch(lengths, _segments(split, batch, batch_size, segment_length))
+        found = np.full(batch_size, -1, np.int32)
+        found[: len(batch)] = [numbers[recording] for recording, _, _ in batch]
+        yield EvaluationBatch(lengths, found, _segments(split, batch, batch_size, segment_length))
 
 
 def _segments(

@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read, and text fit for its one line."""
+"""The one exception that a user is meant to read, and the text of its one line."""
 
 
 class UserError(Exception):
@@ -14,3 +14,13 @@ def one_line(value: object) -> str:
     text = " ".join(str(value).split())
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def check(ok: bool, field: str, value: object, allowed: str) -> None:
+    """Refuses a config's value that is impossible.
+
+    Raises:
+      UserError: names the field, the value and what is allowed.
+    """
+    if not ok:
+        raise UserError(f"{field}={value!r:.80} is impossible: it must be {allowed}")

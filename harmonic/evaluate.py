@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from harmonic.config import Config
 from harmonic.data import Split, evaluation_batches
 from harmonic.errors import UserError
 from harmonic.metrics import Progress
-from harmonic.models import HarmonicRNN
+from harmonic.models.base import Model
 
 _MARKOV_LEVELS = 4_096  # beyond, a table of pairs is neither small nor ever filled
 
@@ -48,11 +48,11 @@ class Likelihood:
 
 
 @functools.lru_cache(maxsize=8)
-def _segment_function(model: HarmonicRNN) -> Callable[..., tuple[jax.Array, Any]]:
+def _segment_function(model: Model) -> Callable[..., tuple[jax.Array, Any]]:
     @jax.jit
-    def segment(params, tokens, left, state):
+    def segment(params, tokens, labels, left, state):
         """Nats of each row, [batch]; `left` is how many of its samples are still to come."""
-        outputs, state = model.apply(params, {"tokens": tokens}, state)
+        outputs, state = model.apply(model.prepare(params), {"tokens": tokens, "label": labels}, state)
         mask = jnp.arange(tokens.shape[1]) < left[:, None]
         return -jnp.where(mask, model.log_prob(outputs, tokens), 0).sum(1), state
 
@@ -60,7 +60,7 @@ def _segment_function(model: HarmonicRNN) -> Callable[..., tuple[jax.Array, Any]
 
 
 def evaluate_split(
-    model: HarmonicRNN,
+    model: Model,
     params: Any,
     split: Split,
     config: Config,
@@ -68,6 +68,7 @@ def evaluate_split(
     reset_every: int = 0,
     limit: int = 0,
     shard: tuple[int, int] = (0, 1),
+    labels: Sequence[str] = (),
     show_progress: bool = False,
 ) -> Likelihood:
     """The likelihood of a split's recordings (their first `data.crop_length` samples, if that is set).
@@ -79,6 +80,7 @@ def evaluate_split(
       reset_every: forget the past every that many samples, for windowed figures; 0 for never.
       limit: look only at that many recordings, spread over the split; 0 for all.
       shard: (i, n): only the i-th of n shares, which together are the whole: its nats and its samples.
+      labels: of the data set (`Dataset.labels`), for a model that is conditioned on them.
 
     Raises:
       UserError: the model gives a likelihood that is not finite.
@@ -105,11 +107,12 @@ def evaluate_split(
         reset_every=reset_every,
         limit=limit,
         shard=shard,
+        labels=labels,
     ):
         state = model.init_state(batch_size, jax.tree.leaves(params)[0].dtype)
         left = batch.lengths.copy()
         for tokens in batch.segments:
-            row_nats, state = segment(params, tokens, left, state)
+            row_nats, state = segment(params, tokens, batch.labels, left, state)
             total = float(np.asarray(row_nats, np.float64).sum())
             seen = int(np.clip(left, 0, segment_length).sum())
             if not math.isfinite(total):
@@ -127,7 +130,7 @@ def evaluate_split(
 
 @dataclasses.dataclass(frozen=True)
 class Baselines:
-    """What stands beside a likelihood, all in bits per sample.
+    """Figures of plain models to compare a likelihood with, all in bits per sample.
 
     Attributes:
       uniform_bits: log2 of the number of levels.

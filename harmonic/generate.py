@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,9 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from harmonic.errors import UserError
-from harmonic.kernels import team
-from harmonic.kernels.dense import platform
-from harmonic.models import HarmonicRNN, State
+from harmonic.kernels.target import platform
+from harmonic.models.base import Model, State
 
 _PREFILL = 16_000  # samples of a prompt that are run through the parallel forward at a time
 # A core for itself, and Eigen's products, which have less to set up than YNNPACK's.
@@ -46,70 +45,56 @@ class Chunk:
 
 
 @functools.lru_cache(maxsize=8)
-def _prefill_function(model: HarmonicRNN) -> Callable[..., State]:
-    return jax.jit(lambda params, tokens, state: model.apply(params, {"tokens": tokens}, state)[1])
+def _prefill_function(model: Model) -> Callable[..., State]:
+    return jax.jit(lambda params, inputs, state: model.apply(model.prepare(params), inputs, state)[1])
 
 
 @functools.lru_cache(maxsize=8)
-def _force_function(model: HarmonicRNN) -> Callable[..., State]:
-    @jax.jit
-    def force(params, tokens, state):
-        def body(state, token):
-            _, state = model.step(params, {}, state)
-            return model.observe(state, token), None
-
-        params = model.unstack(params)
-        return model.stack_state(jax.lax.scan(body, model.unstack_state(state), tokens.swapaxes(0, 1))[0])
-
-    return force
+def _force_function(model: Model) -> Callable[..., State]:
+    sampler = model.sampler()
+    return jax.jit(lambda params, inputs, state: sampler.force(sampler.prepare(params), inputs, state))
 
 
-def prefill(model: HarmonicRNN, params: Any, tokens: np.ndarray | jax.Array, state: State) -> State:
-    """The state after tokens [batch, time, channels]: whole pooling products in parallel, the rest by steps.
+def prefill(
+    model: Model,
+    params: Any,
+    tokens: np.ndarray | jax.Array,
+    state: State,
+    conditions: Mapping[str, np.ndarray] | None = None,
+) -> State:
+    """The state after tokens [batch, time, channels]: whole multiples in parallel, the rest by steps.
 
-    `state` must be at a pooling boundary.
+    `state` must be after a whole number of multiples. `conditions` are what conditions the model, each [batch, ...].
     """
-    whole = tokens.shape[1] // model.multiple * model.multiple
-    piece = max(_PREFILL // model.multiple, 1) * model.multiple
+    conditions, multiple = conditions or {}, model.multiple
+    whole = tokens.shape[1] // multiple * multiple
+    piece = max(_PREFILL // multiple, 1) * multiple
     for start in range(0, whole, piece):
-        state = _prefill_function(model)(params, tokens[:, start : min(start + piece, whole)], state)
+        inputs = {"tokens": tokens[:, start : min(start + piece, whole)], **conditions}
+        state = _prefill_function(model)(params, inputs, state)
     if whole < tokens.shape[1]:
-        state = _force_function(model)(params, jnp.asarray(tokens[:, whole:], jnp.int32), state)
+        rest = jnp.asarray(tokens[:, whole:], jnp.int32)
+        state = _force_function(model)(params, {"tokens": rest, **conditions}, state)
     return state
 
 
 @functools.lru_cache(maxsize=8)
-def _chunk_function(
-    model: HarmonicRNN, size: int, temperature: float, top_p: float, platform: str
-) -> Callable[..., Any]:
-    @functools.partial(jax.jit, compiler_options=_CPU_OPTIONS if platform == "cpu" else None)
-    def run(params, state: State, keys: jax.Array, first: jax.Array, steps: jax.Array):
-        """`steps` <= `size` samples from position `first`."""
-        batch = state.last.shape[0]
-        dtype = jnp.uint8 if model.num_levels <= 256 else jnp.uint16
+def _chunk_function(model: Model, size: int, temperature: float, top_p: float, platform: str) -> Callable[..., Any]:
+    sampler = model.sampler()
 
+    @functools.partial(jax.jit, compiler_options=_CPU_OPTIONS if platform == "cpu" else None)
+    def run(weights, conditions, state: State, keys: jax.Array, first: jax.Array, steps: jax.Array):
+        """`steps` <= `size` samples from position `first`."""
         positions = first + jnp.arange(size)
         draw = jax.vmap(lambda p, k: jax.random.uniform(jax.random.fold_in(k, p), (model.channels,)), (None, 0))
         uniform = jax.vmap(draw, (0, None))(positions, keys)
-
-        def body(i, carry):
-            state, tokens, nats = carry
-            outputs, state = model.step(params, {}, state)
-            token = model.sample(outputs, uniform[i], temperature=temperature, top_p=top_p)
-            nats = nats - model.log_prob(outputs, token[:, None])[:, 0]
-            tokens = jax.lax.dynamic_update_index_in_dim(tokens, token.astype(dtype), i, 0)
-            return model.observe(state, token), tokens, nats
-
-        empty = jnp.zeros((size, batch, model.channels), dtype)
-        start = model.unstack_state(state), empty, jnp.zeros(batch)
-        state, tokens, nats = jax.lax.fori_loop(0, steps, body, start)
-        return model.stack_state(state), tokens, nats
+        return sampler.draw(weights, conditions, state, uniform, steps, temperature=temperature, top_p=top_p)
 
     return run
 
 
 def generate(
-    model: HarmonicRNN,
+    model: Model,
     params: Any,
     *,
     batch: int,
@@ -119,6 +104,7 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     prompt: np.ndarray | None = None,
+    conditions: Mapping[str, np.ndarray] | None = None,
     chunk: int = 4_000,
 ) -> Iterator[Chunk]:
     """Generates `batch` streams side by side, handed out in chunks while they are made.
@@ -131,6 +117,7 @@ def generate(
       temperature: logits are divided by it.
       top_p: sample from the smallest set of tokens that holds this probability.
       prompt: tokens [time, channels] that all streams continue, or [batch, time, channels].
+      conditions: what conditions the model, such as "label" int32, each [batch, ...].
       chunk: samples a chunk.
 
     Raises:
@@ -148,27 +135,28 @@ def generate(
     cores = _cores() if platform() == "cpu" else 1
     parts = np.array_split(np.arange(batch), min(batch, cores))
     states = [model.init_state(len(rows)) for rows in parts]
+    given = [{name: value[rows] for name, value in (conditions or {}).items()} for rows in parts]
     if prompt is not None and prompt.shape[-2]:
         prompt = np.broadcast_to(prompt, (batch, *prompt.shape[-2:]))
-        states = [prefill(model, params, prompt[rows], state) for rows, state in zip(parts, states, strict=True)]
+        states = [prefill(model, params, prompt[rows], *part) for rows, *part in zip(parts, states, given, strict=True)]
     key = jax.random.key(seed)
     keys = [jax.vmap(functools.partial(jax.random.fold_in, key))(first_stream + rows) for rows in parts]
-    weights = _unstack_function(model)(params)
-    # A core without streams of its own helps another.
-    helped = len(parts) < cores and model.has_native_step(weights.head.kernel.dtype)
+    weights = _prepare_function(model)(params)
+    sampler, idle = model.sampler(), len(parts) < cores  # a core without streams of its own helps another
     run = _chunk_function(model, min(chunk, length), float(temperature), float(top_p), platform())
     for first in range(0, length, chunk):
         steps = min(chunk, length - first)
         on = functools.partial(run, weights, first=np.int32(first), steps=np.int32(steps))
-        with ThreadPoolExecutor(len(parts)) as pool, team.helper() if helped else contextlib.nullcontext():
-            made = jax.block_until_ready(list(pool.map(on, states, keys)))
+        helper = sampler.helper(weights) if idle else contextlib.nullcontext()
+        with ThreadPoolExecutor(len(parts)) as pool, helper:
+            made = jax.block_until_ready(list(pool.map(on, given, states, keys)))
         states, tokens, nats = ([part[i] for part in made] for i in range(3))
         yield Chunk(np.concatenate(tokens, axis=1)[:steps].swapaxes(0, 1), np.concatenate(nats))
 
 
 @functools.lru_cache(maxsize=8)
-def _unstack_function(model: HarmonicRNN) -> Callable[..., Any]:
-    return jax.jit(model.unstack)
+def _prepare_function(model: Model) -> Callable[..., Any]:
+    return jax.jit(model.sampler().prepare)
 
 
 def _cores() -> int:

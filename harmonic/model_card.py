@@ -12,8 +12,8 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from harmonic import models
 from harmonic.config import Config
+from harmonic.files import read_json
 from harmonic.records import Manifest
-from harmonic.report.inputs import read_json_or_empty
 
 _PERCEPTUAL = {"fid": "FID", "is": "IS", "is_released": "IS, released code", "mis": "mIS", "am": "AM"}
 _USE = """```python
@@ -49,11 +49,11 @@ def model_card(
       settings: seconds and temperature of the samples.
     """
     weights = about["weights"]
-    test = read_json_or_empty(workdir / "evaluation.json").get("test") or {}
+    test = (read_json(workdir / "evaluation.json") or {}).get("test") or {}
     made_from = {"step": weights["step"], "weights": weights["kind"], "fingerprint": manifest.fingerprint}
     if any(test.get(name) != value for name, value in made_from.items()):
         test = {}
-    perceptual = read_json_or_empty(workdir / "perceptual.json")
+    perceptual = read_json(workdir / "perceptual.json") or {}
     if perceptual.get("step") != weights["step"]:
         perceptual = {}
     model = models.about(getattr(config.model, "kind", models.DEFAULT_KIND))
@@ -71,7 +71,7 @@ def model_card(
     sections.append("## Generate\n\n" + _USE.format(name=load_name, **settings))
     sections.append("## Figures\n\n" + _figures(weights, test, perceptual))
     sections.append("## Data\n\n" + _data(manifest, about))
-    sections.append("## Train it\n\n" + _command(read_json_or_empty(workdir / "summary.json"), config))
+    sections.append("## Train it\n\n" + _command((read_json(workdir / "summary.json") or {}), config))
     card = ModelCardData(
         license=license_name,
         library_name="harmonic-rnn",

@@ -23,8 +23,9 @@ from harmonic import audio, files, locks
 from harmonic.data import Dataset, Split
 from harmonic.errors import UserError
 from harmonic.metrics import Progress
-from harmonic.records import Manifest, load_manifest
+from harmonic.records import load_manifest
 from harmonic.spectrogram import MELS, frame_sizes, log_mel
+from harmonic.voice import Codec
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75)
 _SHORTEST = 0.1  # seconds of an excerpt: a few frames
@@ -197,7 +198,7 @@ def _compare(
 
 def _blocks(split: Split, overlap: int, size: int) -> Iterator[_Block]:
     """All frames of a split, about `size` at a time; parts of a long recording overlap by `overlap` frames."""
-    rate = split.manifest.sample_rate
+    rate, codec = split.manifest.sample_rate, Codec.of(split.manifest)
     window, hop = frame_sizes(rate)
     pieces: list[tuple[np.ndarray, int, int]] = []
     held = 0
@@ -205,7 +206,7 @@ def _blocks(split: Split, overlap: int, size: int) -> Iterator[_Block]:
         total = frames_of(int(length) / rate, rate)
         for first in range(0, max(total - overlap, min(total, 1)), size - overlap):
             stop = min(first + size, total)
-            waveform = _decode(split.read(index, first * hop, (stop - 1) * hop + window), split.manifest)
+            waveform = codec.decode(split.read(index, first * hop, (stop - 1) * hop + window))
             pieces.append((log_mel(waveform, rate) + np.float32(_CENTRE), index, first))
             held += stop - first
             if held >= size:
@@ -223,10 +224,6 @@ def _block(pieces: list[tuple[np.ndarray, int, int]]) -> _Block:
         np.concatenate([first + run for (_, _, first), run in zip(pieces, runs, strict=True)]),
         np.concatenate(runs),
     )
-
-
-def _decode(tokens: np.ndarray, manifest: Manifest) -> np.ndarray:
-    return audio.decode(tokens[:, 0], manifest.encoding, num_levels=manifest.num_levels)
 
 
 def _frames(waveform: np.ndarray, sample_rate: int) -> np.ndarray:
@@ -281,21 +278,21 @@ def _held_out(dataset: Dataset, wanted: int, length: int, shortest: int) -> list
         start = int(numbers.integers(0, max(split.lengths[i] - length, 0) + 1))
         recording = split.recordings[i]
         about = {"split": split.name, "label": recording.label, "prompt_seconds": start / split.manifest.sample_rate}
-        clips.append(Clip(recording.id, _decode(split.read(i, start, start + length), split.manifest), about))
+        clips.append(Clip(recording.id, Codec.of(split.manifest).decode(split.read(i, start, start + length)), about))
     return clips
 
 
 def _copies(split: Split, wanted: int, length: int) -> list[Clip]:
     """Training excerpts as a model that memorised them might play them: softer, quantised again, between frames."""
     usable, numbers, clips = np.flatnonzero(split.lengths >= length), np.random.default_rng(1), []
-    manifest, hop = split.manifest, frame_sizes(split.manifest.sample_rate)[1]
+    codec, hop = Codec.of(split.manifest), frame_sizes(split.manifest.sample_rate)[1]
     for place in sorted({round(i) for i in np.linspace(0, len(usable) - 1, min(wanted, len(usable)))}):
         i = int(usable[place])
         room = int(split.lengths[i]) - length
         start = min(int(numbers.integers(0, room + 1)) // hop * hop + hop // 2, room)
-        waveform = _decode(split.read(i, start, start + length), manifest)
-        tokens = audio.encode(0.3 * waveform, manifest.encoding, low=-1, high=1, num_levels=manifest.num_levels)
-        clips.append(Clip(split.recordings[i].id, _decode(tokens[:, None], manifest)))
+        softer = 0.3 * codec.decode(split.read(i, start, start + length))
+        tokens = audio.encode(softer, codec.encoding, low=-1, high=1, num_levels=codec.num_levels)
+        clips.append(Clip(split.recordings[i].id, codec.decode(tokens[:, None])))
     return clips
 
 
@@ -461,7 +458,7 @@ def _row(clip: Clip, result: Nearest, train: Split, size: int, sounds: Path, fil
         if file is not None:
             names = {"file": f"{file}.wav", "nearest_file": f"{file}_training.wav"}
             start = int(result.frame[at]) * hop
-            theirs = _decode(train.read(int(result.recording[at]), start, start + size), train.manifest)
+            theirs = Codec.of(train.manifest).decode(train.read(int(result.recording[at]), start, start + size))
             for name, waveform in zip(names.values(), (clip.waveform[at * hop :][:size], theirs), strict=True):
                 audio.write_wav(sounds / name, waveform, rate)
             row |= names

@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 
 from harmonic import mesh as meshes
 from harmonic.config import Config
-from harmonic.models import Dropout, HarmonicRNN
+from harmonic.models.base import Model, ParamGroup
+from harmonic.models.dropout import Dropout
 
 
 class TrainState(NamedTuple):
@@ -26,7 +27,8 @@ class TrainState(NamedTuple):
 
     Attributes:
       params, ema: the weights and their average.
-      optimizer: {"adam": optax's state, "updates": updates made, "skipped": updates skipped, "streak": of them on end}.
+      optimizer: {"adam": optax's state, "updates": updates made, "skipped": updates skipped, "streak": skipped in a
+        row}.
     """
 
     params: Any
@@ -34,116 +36,109 @@ class TrainState(NamedTuple):
     optimizer: Any
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """AdamW behind a clipped gradient, its learning rate constant after a linear warm-up."""
+def make_optimizer(model: Model, config: Config) -> optax.GradientTransformation:
+    """AdamW behind a clipped gradient, its learning rate constant after a linear warm-up.
+
+    Where the model puts its parameters into several groups, each group has a rate and a weight decay of its own.
+    """
     train = config.train
-    return optax.chain(
-        optax.clip_by_global_norm(train.clip_norm),
-        optax.adamw(learning_rate(config), b1=train.beta1, b2=train.beta2, weight_decay=train.weight_decay),
-    )
+
+    def adamw(group: ParamGroup) -> optax.GradientTransformation:
+        rate = learning_rate(config) if group.learning_rate is None else _warmed_up(group.learning_rate, config)
+        decay = train.weight_decay if group.weight_decay is None else group.weight_decay
+        return optax.adamw(rate, b1=train.beta1, b2=train.beta2, weight_decay=decay)
+
+    labels, groups = model.param_groups(jax.eval_shape(model.init, jax.random.key(0)))
+    if len(groups) == 1:
+        (group,) = groups.values()
+        return optax.chain(optax.clip_by_global_norm(train.clip_norm), adamw(group))
+    parts = optax.multi_transform({name: adamw(group) for name, group in groups.items()}, labels)
+    return optax.chain(optax.clip_by_global_norm(train.clip_norm), parts)
 
 
 def learning_rate(config: Config) -> optax.Schedule:
     """Step (from 0) -> learning rate: reached in `warmup_steps` equal steps, the first of them above zero."""
-    rate, warmup = config.train.learning_rate, config.train.warmup_steps
+    return _warmed_up(config.train.learning_rate, config)
+
+
+def _warmed_up(rate: float, config: Config) -> optax.Schedule:
+    warmup = config.train.warmup_steps
     return lambda step: rate * jnp.minimum(1.0, (step + 1) / max(warmup, 1))
 
 
-def init_state(config: Config, model: HarmonicRNN, params: Any = None) -> TrainState:
+def init_state(config: Config, model: Model, params: Any = None) -> TrainState:
     """The state before the first step; from fresh parameters of `config.seed` unless some are given."""
     params = model.init(jax.random.key(config.seed)) if params is None else params
     counters = {name: jnp.zeros((), jnp.int32) for name in ("updates", "skipped", "streak")}
-    adam = make_optimizer(config).init(params)
+    adam = make_optimizer(model, config).init(params)
     return TrainState(params, jax.tree.map(jnp.array, params), {"adam": adam, **counters})
 
 
-def nats_over_segments(
-    model: HarmonicRNN, params: Any, tokens: jax.Array, lengths: jax.Array, rng: Dropout | None, axis: str | None
-) -> jax.Array:
-    """Negative log-likelihood in nats, summed over this shard's unmasked samples.
+def make_loss_and_grad(model: Model, mesh: Mesh, accumulate: int = 1) -> Callable[..., tuple[jax.Array, Any]]:
+    """(params, batch, words) -> (bits per sample, its gradient), on any mesh.
 
-    The segments are scanned, the state carried. Only the state between segments is kept for the backward pass, which
-    makes the segments' activations again: the gradient is exact through any length, in the memory of one segment.
-
-    Args:
-      tokens: [segments, batch, segment_length, channels].
-      lengths: [batch], of the whole sequences.
-      rng: of dropout, its `chunk` 0.
-      axis: the mesh axis that `segment_length` is cut over, inside `jax.shard_map`.
-    """
-    weights = model.fuse(params)  # once for all segments
-    segments, batch, local, _ = tokens.shape
-    shards, shard = (jax.lax.axis_size(axis), jax.lax.axis_index(axis)) if axis else (1, 0)
-    per_segment = local * shards
-
-    def body(state, scanned):
-        piece, number = scanned
-        chunk = number * (per_segment // model.multiple)
-        segment_rng = None if rng is None else rng._replace(chunk=rng.chunk + chunk)
-        outputs, state = model.apply(weights, {"tokens": piece}, state, rng=segment_rng, axis=axis)
-        position = number * per_segment + shard * local + jnp.arange(local)
-        mask = position < lengths[:, None]
-        return state, -jnp.where(mask, model.log_prob(outputs, piece), 0).sum()
-
-    dtype = jax.tree.leaves(params)[0].dtype
-    state = model.init_state(batch, dtype)
-    if segments == 1:
-        return body(state, (tokens[0], jnp.int32(0)))[1]
-    _, nats = jax.lax.scan(jax.checkpoint(body), state, (tokens, jnp.arange(segments)))
-    return nats.sum()
-
-
-def make_loss_and_grad(model: HarmonicRNN, mesh: Mesh, accumulate: int = 1) -> Callable[..., tuple[jax.Array, Any]]:
-    """(params, tokens, lengths, rows, words) -> (bits per sample, its gradient), on any mesh.
-
-    tokens is [segments, batch, segment_length, channels], lengths and rows [batch]; words are dropout's, or None. The
-    rows of a device are taken in `accumulate` equal parts, one behind the other: nats and gradients are sums over
-    samples, so that the result is the same.
+    The batch has "tokens" [segments, batch, segment_length, channels], "length" and "row" [batch], and what else
+    conditions the model, each [batch, ...]; words are dropout's, or None. The rows of a device are taken in
+    `accumulate` equal parts, one after the other: nats and gradients are sums over samples, so the result is the same.
     """
     axis = meshes.sequence_axis(mesh)
 
-    def part(params, tokens, lengths, rows, words):
+    def part(params, batch, words):
+        batch = dict(batch)
+        lengths, rows = batch.pop("length"), batch.pop("row")
         rng = None if words is None else Dropout(words, rows, jnp.int32(0))
-        return jax.value_and_grad(lambda p: nats_over_segments(model, p, tokens, lengths, rng, axis))(params)
 
-    def local(params, tokens, lengths, rows, words):
+        def nats(params):
+            return model.nats(model.prepare(params), batch, lengths, rng=rng, axis=axis)
+
+        return jax.value_and_grad(nats)(params)
+
+    def cut(value, batch_axis):
+        """The rows in `accumulate` parts, along a new first axis."""
+        shape = value.shape
+        parts = value.reshape(*shape[:batch_axis], accumulate, -1, *shape[batch_axis + 1 :])
+        return jnp.moveaxis(parts, batch_axis, 0)
+
+    def local(params, batch, words):
         if accumulate == 1:
-            nats, grads = part(params, tokens, lengths, rows, words)
+            nats, grads = part(params, batch, words)
         else:
-            segments, batch, *rest = tokens.shape
-            parts = tokens.reshape(segments, accumulate, batch // accumulate, *rest).swapaxes(0, 1)
 
-            def add(total, scanned):
-                piece, its_lengths, its_rows = scanned
-                return jax.tree.map(jnp.add, total, part(params, piece, its_lengths, its_rows, words)), None
+            def add(total, piece):
+                return jax.tree.map(jnp.add, total, part(params, piece, words)), None
 
             zero = jnp.zeros((), jax.tree.leaves(params)[0].dtype), jax.tree.map(jnp.zeros_like, params)
-            scanned = (parts, *(v.reshape(accumulate, -1) for v in (lengths, rows)))
-            (nats, grads), _ = jax.lax.scan(add, zero, scanned)
-        # What is differentiated is each shard's own sum: sums over shards stand outside, once each.
+            parts = {name: cut(value, int(name == "tokens")) for name, value in batch.items()}
+            (nats, grads), _ = jax.lax.scan(add, zero, parts)
+        # grad() is taken of each shard's local sum; the psum comes after it, so its transpose never matters.
         nats, grads = jax.lax.psum((nats, grads), (meshes.DATA, meshes.SEQ))
-        count = jax.lax.psum(lengths.sum(), meshes.DATA)
+        count = jax.lax.psum(batch["length"].sum(), meshes.DATA)
         to_bits = 1 / (math.log(2) * count)
         return nats * to_bits, jax.tree.map(lambda g: (g * to_bits).astype(g.dtype), grads)
 
-    specs = (meshes.REPLICATED, meshes.TOKENS, meshes.ROWS, meshes.ROWS, meshes.REPLICATED)
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=meshes.REPLICATED, check_vma=False)
+    def loss_and_grad(params, batch, words):
+        specs = {name: meshes.TOKENS if name == "tokens" else meshes.ROWS for name in batch}
+        in_specs = meshes.REPLICATED, specs, meshes.REPLICATED
+        return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=meshes.REPLICATED, check_vma=False)(
+            params, batch, words
+        )
+
+    return loss_and_grad
 
 
-def make_train_step(model: HarmonicRNN, config: Config, mesh: Mesh) -> jax.stages.Wrapped:
+def make_train_step(model: Model, config: Config, mesh: Mesh) -> jax.stages.Wrapped:
     """(state, batch, key, step) -> (state, {"loss" in bits per sample, "grad_norm", "skipped", "streak"}), compiled.
 
     An update whose loss is not finite, or whose gradient's norm is not below `skip_norm`, is skipped: weights, average
     and optimiser stay as they are. The state that is given is donated.
     """
-    optimizer, train = make_optimizer(config), config.train
+    optimizer, train = make_optimizer(model, config), config.train
     loss_and_grad = make_loss_and_grad(model, mesh, train.accumulate)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step_function(state: TrainState, batch: dict[str, jax.Array], key: jax.Array, step: jax.Array):
-        use_dropout = config.model.dropout > 0 or config.model.embedding_dropout > 0
-        words = jax.random.bits(jax.random.fold_in(key, step), (2,), jnp.uint32) if use_dropout else None
-        loss, grads = loss_and_grad(state.params, batch["tokens"], batch["length"], batch["row"], words)
+        words = jax.random.bits(jax.random.fold_in(key, step), (2,), jnp.uint32) if model.random else None
+        loss, grads = loss_and_grad(state.params, batch, words)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & (norm < train.skip_norm)
         updates, adam = optimizer.update(grads, state.optimizer["adam"], state.params)

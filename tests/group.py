@@ -14,7 +14,7 @@ from harmonic.config import MeshConfig
 from harmonic.data import Dataset, train_batches
 from harmonic.errors import UserError
 from harmonic.mesh import make_mesh, process_part
-from harmonic.models import HarmonicRNN
+from harmonic.models import make
 from harmonic.step import make_loss_and_grad
 from harmonic.train import place_batch
 
@@ -39,8 +39,8 @@ def loss_and_grad(data, dtype, *shape):
         next(batches)
         batch = place_batch(next(batches), ours, mesh)
         params = jax.tree.map(np.asarray, parameters(dtype))
-        function = jax.jit(make_loss_and_grad(HarmonicRNN(ours.model), mesh))
-        loss, grads = function(params, batch["tokens"], batch["length"], batch["row"], WORDS)
+        function = jax.jit(make_loss_and_grad(make(ours.model), mesh))
+        loss, grads = function(params, batch, WORDS)
         return [np.asarray(v) for v in (loss, *jax.tree.leaves(grads))]
 
 

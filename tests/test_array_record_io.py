@@ -2,90 +2,23 @@
 
 import errno
 import hashlib
-import io
 import os
 
 import numpy as np
 import pytest
-from apache_beam.io.filesystem import BeamIOError, CompressionTypes, FileMetadata, FileSystem
+from apache_beam.io.filesystem import BeamIOError
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordReader
+from memory_files import FILES
 
 from harmonic import records
-from harmonic.errors import UserError
+from harmonic.errors import UserError, one_line
 from harmonic.records import Record, Recording
-from pipelines import array_record_io as sink
-from pipelines import transforms
-from pipelines.array_record_io import WrittenShard
-from pipelines.build import PrepareSpec, describe, prepare
-
-FILES: dict[str, bytes] = {}
-
-
-class MemoryFileSystem(FileSystem):
-    """`memory://...`: stands for a bucket, which has no folders and no local paths."""
-
-    @classmethod
-    def scheme(cls):
-        return "memory"
-
-    def join(self, basepath, *paths):
-        return "/".join([basepath.rstrip("/"), *paths])
-
-    def split(self, path):
-        return path.rpartition("/")[::2]
-
-    def mkdirs(self, path):
-        pass
-
-    def has_dirs(self):
-        return False
-
-    def _list(self, dir_or_prefix):
-        for path in sorted(FILES):
-            if path.startswith(dir_or_prefix):
-                yield self.metadata(path)
-
-    def create(self, path, mime_type="", compression_type=CompressionTypes.AUTO):
-        class Upload(io.BytesIO):
-            def close(self):
-                if not self.closed:
-                    FILES[path] = self.getvalue()
-                super().close()
-
-        return Upload()
-
-    def open(self, path, mime_type="", compression_type=CompressionTypes.AUTO):
-        return io.BytesIO(FILES[path])
-
-    def copy(self, sources, destinations):
-        for source, destination in zip(sources, destinations, strict=True):
-            FILES[destination] = FILES[source]
-
-    def rename(self, sources, destinations):
-        self.copy(sources, destinations)
-        for source in sources:
-            del FILES[source]
-
-    def exists(self, path):
-        return path in FILES
-
-    def size(self, path):
-        return len(FILES[path])
-
-    def last_updated(self, path):
-        return 0
-
-    def checksum(self, path):
-        return hashlib.sha256(FILES[path]).hexdigest()
-
-    def metadata(self, path):
-        return FileMetadata(path, len(FILES[path]))
-
-    def delete(self, paths):
-        for path in paths:
-            for name in [name for name in FILES if name == path or (path.endswith("/") and name.startswith(path))]:
-                del FILES[name]
+from pipelines import errors
+from pipelines.beam import sink, steps
+from pipelines.beam.sink import WrittenShard
+from pipelines.build import PrepareSpec, new_manifest, prepare
+from pipelines.paths import is_local
 
 
 @pytest.fixture(params=["local", "remote"])
@@ -96,20 +29,20 @@ def folder(request, tmp_path):
 
 
 def names(folder):
-    if sink.is_local(folder):
+    if is_local(folder):
         return sorted(os.path.relpath(os.path.join(at, file), folder) for at, _, fs in os.walk(folder) for file in fs)
     return sorted(name.removeprefix(folder + "/") for name in FILES)
 
 
 def contents(folder, name):
-    if sink.is_local(folder):
+    if is_local(folder):
         with open(os.path.join(folder, name), "rb") as file:
             return file.read()
     return FILES[f"{folder}/{name}"]
 
 
 RUN = "0123456789abcdef" * 2
-MANIFEST = describe(PrepareSpec("mine", "a.zip", encoding="mu_law", window_length=5), "f")
+MANIFEST = new_manifest(PrepareSpec("mine", "a.zip", encoding="mu_law", window_length=5), "f")
 
 
 def write(folder, run=RUN):
@@ -128,7 +61,7 @@ def write(folder, run=RUN):
 
 
 def publish(folder, shards, run=RUN):
-    manifest = transforms.assemble(MANIFEST, shards)
+    manifest = steps.assemble(MANIFEST, shards)
     files = [pair for s in shards for pair in zip(s.staged, (s.shard.file, s.shard.index_file), strict=True)]
     sink.publish(folder, run, files, manifest)
     return manifest
@@ -185,7 +118,7 @@ def test_clear_removes_ours_alone(folder):
     write(folder, "f" * 32)
     foreign = ["notes.txt", "train.array_record", "train-00000-of-00001.wav", "_partial-mine/x", "sub/manifest.json"]
     for name in foreign:
-        if sink.is_local(folder):
+        if is_local(folder):
             os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
             open(os.path.join(folder, name), "w").close()
         else:
@@ -197,7 +130,7 @@ def test_clear_removes_ours_alone(folder):
 def test_missing_files_are_named(folder):
     manifest = publish(folder, write(folder))
     victim = manifest.splits["train"].shards[0].file
-    if sink.is_local(folder):
+    if is_local(folder):
         os.truncate(os.path.join(folder, victim), 10)
     else:
         FILES[f"{folder}/{victim}"] = b"short"
@@ -206,7 +139,7 @@ def test_missing_files_are_named(folder):
 
 def test_a_damaged_manifest_is_told(folder):
     publish(folder, write(folder))
-    if sink.is_local(folder):
+    if is_local(folder):
         os.truncate(os.path.join(folder, "manifest.json"), 20)
     else:
         FILES[f"{folder}/manifest.json"] = b"{"
@@ -240,7 +173,7 @@ def test_output_errors(folder, monkeypatch, code, message):
         monkeypatch.setattr(sink, "_move_out", lambda *_: (_ for _ in ()).throw(OSError(code, os.strerror(code))))
         with pytest.raises(UserError, match=f"cannot write to {folder}: {message}"):
             writer.stage("x")
-    with pytest.raises(UserError, match=message), sink.output_errors("x"):
+    with pytest.raises(UserError, match=message), errors.output_errors("x"):
         try:
             raise OSError(code, os.strerror(code))
         except OSError as error:
@@ -251,9 +184,9 @@ def test_a_full_temporary_disk_is_told():
     with pytest.raises(
         UserError, match=r"no space is left in .*; make room there, where temporary files go, or set TMPDIR"
     ):
-        with sink.scratch_errors():
+        with errors.scratch_errors():
             raise OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(FileNotFoundError), sink.scratch_errors():
+    with pytest.raises(FileNotFoundError), errors.scratch_errors():
         raise FileNotFoundError
 
 
@@ -270,6 +203,6 @@ def test_an_unknown_file_system_is_told():
 
 
 def test_one_line():
-    assert sink.one_line("a\n  b\tc") == "a b c"
-    assert sink.one_line("a\x1b[31m\udcff") == "a\\x1b[31m\\udcff"
-    assert len(sink.one_line("x" * 1000)) == 200
+    assert one_line("a\n  b\tc") == "a b c"
+    assert one_line("a\x1b[31m\udcff") == "a\\x1b[31m\\udcff"
+    assert len(one_line("x" * 1000)) == 200

@@ -11,17 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import MODEL, parameters
+from tiny import MODEL, batch_of, parameters
 from tiny import config as tiny_config
 
+from harmonic import models
 from harmonic.config import MeshConfig, load_config
 from harmonic.errors import UserError
 from harmonic.mesh import make_mesh
-from harmonic.models import HarmonicRNN
 from harmonic.step import make_loss_and_grad
 from workflows import bench_generate, bench_loader, bench_scaling, bench_scan, bench_train, timing
-from workflows.plain_model import RECURRENCES, PlainModel
-from workflows.plain_step import plain_step
 
 SMALL = ("model.pool_factors=()", "model.blocks_per_level=2")
 SIZES = (*SMALL, "model.width=8", "model.state_width=16", "model.pool_groups=2", "model.gate_blocks=4")
@@ -55,7 +53,11 @@ def test_train_suite_beside_plain_models():
     *plain, ours = map(json.loads, ended.stdout.splitlines())
     assert [row["implementation"] for row in (*plain, ours)] == ["associative", "scan", "harmonic"]
     assert [row["segments"] for row in (*plain, ours)] == [[1, 30], [1, 30], [3, 12]]
-    ratios = {f"{what}_{name}" for what in ("faster_than", "memory_of", "peak_resident_of") for name in RECURRENCES}
+    ratios = {
+        f"{what}_{name}"
+        for what in ("faster_than", "memory_of", "peak_resident_of")
+        for name in models.plain_variants(MODEL)
+    }
     for row in (*plain, ours):
         assert row.pop("platform").startswith("cpu")
         words = [row.pop(name) for name in ("suite", "config", "shape", "dtype")]
@@ -70,10 +72,10 @@ def test_train_suite_beside_plain_models():
 
 
 def test_a_plain_model_that_cannot_be_measured_has_a_row_that_says_so():
-    rows = bench_train.suite(tiny_config("model.embedding=linear"), batch=1, lengths=[30], baseline_samples=30)
+    rows = bench_train.suite(tiny_config("mesh.seq=2"), batch=1, lengths=[30], baseline_samples=30)
     row = next(rows)
     assert row["implementation"] == "associative" and row["shape"] == [1, 30] and row["platform"].startswith("cpu")
-    assert "linear embedding" in row["failed"]
+    assert "cannot cut a sequence over devices" in row["failed"]
 
 
 def test_a_process_that_is_killed_is_told_of():
@@ -93,10 +95,10 @@ def test_a_program_that_does_not_fit_is_not_run(monkeypatch):
 def test_the_plain_model_is_the_model(x64, recurrence, dtype, tolerance):
     """What training is compared with has the same loss and gradients, dropout on."""
     tokens = jax.random.randint(jax.random.key(1), (1, 3, 24, 1), 0, 256)
-    batch = tokens, jnp.array([24, 17, 0]), jnp.arange(3), jnp.array([3, 4], jnp.uint32)
-    models = HarmonicRNN(MODEL), PlainModel(recurrence, MODEL)
+    batch, words = batch_of(tokens, jnp.array([24, 17, 0]), jnp.arange(3)), jnp.array([3, 4], jnp.uint32)
+    both = models.make(MODEL), models.plain(MODEL, variant=recurrence)
     (loss, grads), plain = (
-        jax.jit(make_loss_and_grad(m, make_mesh(MeshConfig())))(parameters(dtype), *batch) for m in models
+        jax.jit(make_loss_and_grad(m, make_mesh(MeshConfig())))(parameters(dtype), batch, words) for m in both
     )
     assert plain[0].dtype == loss.dtype == dtype
     np.testing.assert_allclose(plain[0], loss, rtol=tolerance)
@@ -108,15 +110,17 @@ def test_the_plain_model_is_the_model(x64, recurrence, dtype, tolerance):
 def test_the_plain_step_is_the_model(groups):
     """What generation is compared with gives the same logits, over two pooling products and from any state."""
     ours = tiny_config(f"model.pool_groups={groups}")
-    model = HarmonicRNN(ours.model)
+    model, plain = models.make(ours.model), models.plain(ours.model)
     params = jax.jit(model.init)(jax.random.key(1))
 
     @jax.jit
     def run(params):
         def body(states, token):
-            expected, fast = model.step(params, {}, states[0])
-            logits, plain = plain_step(ours.model, params, states[1])
-            return (model.observe(fast, token), model.observe(plain, token)), (expected[:, 0, 0], logits)
+            expected, fast = model.step(weights, {}, states[0])
+            logits, slow = plain.step(params, {}, states[1])
+            return (model.observe(fast, token), plain.observe(slow, token)), (expected[:, 0, 0], logits[:, 0, 0])
+
+        weights = model.prepare(params)
 
         tokens = jax.random.randint(jax.random.key(2), (2 * model.multiple + 1, 3, 1), 0, 256)
         return jax.lax.scan(body, (model.init_state(3),) * 2, tokens)

@@ -10,8 +10,14 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from harmonic import kernels
-from harmonic.kernels import linear_scan, pallas_cg_lru, pallas_gpu, pallas_scan, pallas_tpu
+from harmonic.errors import UserError
+from harmonic.kernels import gates, linear_scan
+from harmonic.kernels.arithmetic import Gates
+from harmonic.kernels.pallas import cg_lru as pallas_cg_lru
+from harmonic.kernels.pallas import gpu, scan, tpu
+from harmonic.kernels.target import compiling_for
 
+pytestmark = pytest.mark.laws
 # Relative to each array's largest value. Inputs of bfloat16 also round h, from which the gradients are computed.
 TOLERANCE = {"float32": 2e-5, "float64": 1e-12, "bfloat16": 2e-2}
 PLATFORMS = ["pallas_gpu", "pallas_tpu"]
@@ -22,14 +28,14 @@ SHAPES = [(1, 1, 8), (2, 7, 128), (9, 97, 8), (1, 331, 128), (2, 331, 130), (3, 
 def cg_lru(z, p, decay, theta, h0, **options):
     """The public one, on pairs; a part of u is its bias, but in bfloat16, which would round it."""
     u = jnp.concatenate([*z, *p], axis=-1)
-    bias = (u[0, 0] / 2).astype(decay.dtype) * (u.dtype != jnp.bfloat16)
-    h, h_last = kernels.cg_lru(u - bias.astype(u.dtype), bias, decay, theta, h0, **options)
+    bias = (u[0, 0] / 2 if u.dtype != jnp.bfloat16 else jnp.zeros_like(u[0, 0])).astype(decay.dtype)
+    h, h_last = kernels.cg_lru(u - bias.astype(u.dtype)[None, None], bias, decay, theta, h0, **options)
     return tuple(jnp.split(h, 2, axis=-1)), h_last
 
 
 def make_inputs(rng, batch, time, channels, dtype="float32"):
     """z, gates, decay, theta, h0; the state in float32 at least."""
-    wide = jnp.promote_types(dtype, "float32")
+    wide = "float32" if dtype == "bfloat16" else dtype
 
     def normal(*shape, dtype=dtype):
         return tuple(jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(2))
@@ -42,9 +48,9 @@ def make_inputs(rng, batch, time, channels, dtype="float32"):
 def coefficients(z, p, decay, theta):
     """a and x, written as the papers do."""
     i, r = jax.nn.sigmoid(p[0]), jax.nn.sigmoid(p[1])
-    log_a = -decay * r
+    log_a, angle = -decay[None, None] * r, theta[None, None] * r
     magnitude, scale = jnp.exp(log_a), jnp.sqrt(-jnp.expm1(2 * log_a)) * i
-    return (magnitude * jnp.cos(theta * r), magnitude * jnp.sin(theta * r)), (scale * z[0], scale * z[1])
+    return (magnitude * jnp.cos(angle), magnitude * jnp.sin(angle)), (scale * z[0], scale * z[1])
 
 
 def obvious(z, p, decay, theta, h0):
@@ -94,7 +100,7 @@ def test_cg_lru_in_other_precisions(rng, x64, implementation, dtype):
     args = make_inputs(rng, 2, 197, 8, dtype)
     actual = outputs_and_gradients(functools.partial(cg_lru, implementation=implementation), args)
     expected = outputs_and_gradients(obvious, args)
-    assert actual[0][0][0].dtype == dtype and actual[0][1][0].dtype == jnp.promote_types(dtype, "float32")
+    assert actual[0][0][0].dtype == dtype and actual[0][1][0].dtype == ("float32" if dtype == "bfloat16" else dtype)
     assert_close(actual, expected, TOLERANCE[dtype])
 
 
@@ -177,29 +183,27 @@ def test_kernels_lower_without_a_device(platform, shape, dtype):
     batch, _, channels = shape
     v = jax.ShapeDtypeStruct(shape, dtype)
     h, p = (jax.ShapeDtypeStruct(s, "float32") for s in ((batch, channels), (channels,)))
-    tile = pallas_gpu.tile if platform == "cuda" else pallas_tpu.tile
-    for coefficients, parameters in ((pallas_scan.identity, ()), (pallas_cg_lru.coefficients, (p, p))):
+    tile, target = (gpu.tile, "gpu") if platform == "cuda" else (tpu.tile, "tpu")
+    for coefficients, parameters in ((scan.identity, ()), (pallas_cg_lru.coefficients, (p, p))):
 
         def run(inputs, parameters, h0, coefficients=coefficients):
-            outputs, pull = jax.vjp(
-                lambda *args: pallas_scan.scan(coefficients, tile, None, *args), inputs, parameters, h0
-            )
+            outputs, pull = jax.vjp(lambda *args: scan.scan(coefficients, tile, None, *args), inputs, parameters, h0)
             return outputs, pull(outputs)
 
-        lowered = jax.jit(run).trace((v, v, v, v), parameters, (h, h)).lower(lowering_platforms=(platform,))
+        with compiling_for(target):
+            lowered = jax.jit(run).trace((v, v, v, v), parameters, (h, h)).lower(lowering_platforms=(platform,))
         chunked = platform == "cuda" and tile(*shape).chunks > 1
         # One kernel forward and one backward; each in three where chunks are scanned side by side.
         assert lowered.as_text().count(f"@{CALLS[platform]}(") == (6 if chunked else 2)
 
 
 def test_one_chunk_where_rows_fill_the_device():
-    assert [pallas_gpu.tile(*shape).chunks for shape in LOWERED] == [16, 247, 1]
+    assert [gpu.tile(*shape).chunks for shape in LOWERED] == [16, 247, 1]
 
 
 @pytest.mark.parametrize("platform", CALLS)
-def test_auto_is_the_fused_kernel_also_within_training(monkeypatch, platform):
+def test_auto_is_the_fused_kernel_also_within_training(platform):
     """Under shard_map, a scan over segments and checkpointing, as the model calls it."""
-    monkeypatch.setattr(kernels, "platform", lambda: "gpu" if platform == "cuda" else platform)
     mesh = jax.make_mesh((8,), ("seq",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def loss(z, p, decay, theta, h0):
@@ -219,17 +223,33 @@ def test_auto_is_the_fused_kernel_also_within_training(monkeypatch, platform):
     )
     z, p, decay, theta, h0 = jax.eval_shape(lambda: make_inputs(np.random.default_rng(0), 2, 8 * 160, 8))
     segments = jax.tree.map(lambda v: jax.ShapeDtypeStruct((3, *v.shape), v.dtype), (z, p))
-    lowered = jax.jit(sharded).trace(*segments, decay, theta, h0).lower(lowering_platforms=(platform,))
+    with compiling_for("gpu" if platform == "cuda" else platform):
+        traced = jax.jit(sharded).trace(*segments, decay, theta, h0)
+    lowered = traced.lower(lowering_platforms=(platform,))
     assert f"@{CALLS[platform]}(" in lowered.as_text()
 
 
-def test_scale_is_exact_near_one_and_its_gradient_bounded(x64):
+@pytest.mark.parametrize("math", [gates.JaxMath(), pallas_cg_lru.RowMath()], ids=["JaxMath", "RowMath"])
+def test_scale_is_exact_near_one_and_its_gradient_bounded(x64, math):
+    """With z = 1, i = 1 / 2, r = 1 / 2 and theta = 0, Re x is half of sqrt(1 - |a|^2), and log|a| is -decay / 2."""
     exponents = np.concatenate([-np.logspace(-12, 1, 200), [0.0]])
     expected = np.sqrt(-np.expm1(2 * exponents))
+
+    def compute(exponents):
+        zero = jnp.zeros_like(exponents)
+        return Gates.compute(math, (zero + 1, zero), zero, zero, -2 * exponents, zero)
+
     for dtype, tolerance in (("float32", 1e-6), ("float64", 1e-14)):
-        actual = jax.jit(pallas_cg_lru.input_scale)(jnp.asarray(exponents, dtype))
+        actual = jax.jit(lambda v: 2 * compute(v).x[0])(jnp.asarray(exponents, dtype))
         np.testing.assert_allclose(actual, np.asarray(expected, dtype), rtol=tolerance)
-    slope = np.asarray(jax.jit(jax.vmap(jax.grad(pallas_cg_lru.input_scale)))(jnp.asarray(exponents)))
+
+    @jax.jit
+    def slope(exponents):
+        none = jnp.zeros_like(exponents)
+        *_, ddecay, _ = compute(exponents).gradients(math, (none, none), (none + 2, none))
+        return -2 * ddecay
+
+    slope = np.asarray(slope(jnp.asarray(exponents)))
     np.testing.assert_allclose(slope[-1], -400)  # of the square root at most 200, of its argument 2
     free = exponents < -1e-3
     np.testing.assert_allclose(slope[free], (-np.exp(2 * exponents) / np.maximum(expected, 1e-300))[free], rtol=1e-10)
@@ -239,7 +259,7 @@ def test_shapes_that_do_not_fit_are_refused(rng):
     z, p, decay, theta, h0 = make_inputs(rng, 2, 8, 3)
     with pytest.raises(ValueError, match="do not fit"):
         cg_lru(z, p, decay[:2], theta, h0)
-    with pytest.raises(ValueError, match="implementation"):
+    with pytest.raises(UserError, match="implementation"):
         cg_lru(z, p, decay, theta, h0, implementation="fast")
-    with pytest.raises(ValueError, match="sharded"):
+    with pytest.raises(UserError, match="sharded"):
         cg_lru(z, p, decay, theta, h0, axis="seq", implementation="reference")

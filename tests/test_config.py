@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from harmonic.config import Config, ModelConfig, TrainConfig, config_names, from_dict, load_config, override
+from harmonic.config import Config, TrainConfig, config_names, from_dict, load_config, override
 from harmonic.errors import UserError
+from harmonic.models.harmonic_rnn.config import ModelConfig
 
 
 @pytest.mark.parametrize(
@@ -32,7 +33,7 @@ def test_override(assignment, path, value):
 
 def test_overrides_are_checked_together():
     config = override(Config(), ["model.width=32", "model.pool_groups=32", "model.pool_factors=()"])
-    assert config.model.pool_factors == () and config.model.pooling_product == 1
+    assert config.model.pool_factors == () and config.model.multiple == 1
 
 
 @pytest.mark.parametrize(

@@ -9,18 +9,20 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from tiny import batch_of
 
+from harmonic import hlo
 from harmonic import mesh as meshes
-from harmonic import program
-from harmonic.config import Config, DataConfig, MeshConfig, ModelConfig, load_config, override
-from harmonic.describe import bounds, describe, fits, memory, operations, weight_bytes
-from harmonic.models import HarmonicRNN
+from harmonic.config import Config, DataConfig, MeshConfig, load_config, override
+from harmonic.describe import bounds, costs, describe, fits, memory, weight_bytes
+from harmonic.models import make
+from harmonic.models.harmonic_rnn.config import ModelConfig
 from harmonic.step import init_state, make_loss_and_grad, make_train_step
 
 
 def compiled_step(config):
     """The training step of a config, compiled for shapes alone."""
-    model, mesh = HarmonicRNN(config.model, config.data.num_levels), meshes.make_mesh(config.mesh)
+    model, mesh = make(config.model, config.data.num_levels), meshes.make_mesh(config.mesh)
 
     def shape(spec, *size, dtype=jnp.int32):
         return jax.ShapeDtypeStruct(size, dtype, sharding=meshes.sharding(mesh, spec))
@@ -49,7 +51,7 @@ def compiled_step(config):
 )
 def test_memory_is_as_foretold(assignments):
     config = override(load_config("sc09_small"), ["data.window_length=16000", *assignments])
-    actual = program.memory(compiled_step(config))
+    actual = hlo.memory(compiled_step(config))
     assert memory(config)["total"] == pytest.approx(actual.temporaries + actual.arguments, rel=0.25)
 
 
@@ -81,7 +83,7 @@ def test_memory_falls_with_shards_and_parts():
 
 def test_operations_of_the_papers_model():
     """By hand: 5.48 M operations a sample forward, 10.7 MB of weights."""
-    counts = operations(load_config("sc09"))
+    counts = costs(load_config("sc09")).operations
     # 8 blocks at the rates 1, 1/2, 1/8 and 1/32, 4 at 1/160. In each 128 x 256, 2 x 32 of 8 x 4, 256 x 128, 2 of
     # 128 x 128 and 6 of 128 x 128; the head has 128 x 256.
     blocks = 8 * (1 + 1 / 2 + 1 / 8 + 1 / 32) + 4 / 160
@@ -95,7 +97,7 @@ def test_operations_of_the_papers_model():
     assert counts["generation"]["dense"] == counts["forward"]["dense"]
     # Forward, again without the last 256 x 128, backward twice over; in segments once more.
     assert counts["training"]["dense"] == round(2 * blocks * (4 * matrices - 256 * 128) + 3 * head)
-    several = operations(override(load_config("sc09"), ["train.segment_length=3200"]))["training"]["dense"]
+    several = costs(override(load_config("sc09"), ["train.segment_length=3200"])).operations["training"]["dense"]
     assert several == round(2 * blocks * (5 * matrices - 256 * 128) + 4 * head)
 
     weights = 4 * (blocks * (101_760 + 99_200) + 33_280 + 2 * (2 * 128 + 128) * (1 / 2) + 2 * (4 * 128 + 128) * (1 / 8)
@@ -112,12 +114,12 @@ LENGTHS = (2_048, 4_096)  # the difference between two lengths leaves out what i
 
 def test_operations_are_those_of_the_compiled_forward():
     """Loops are counted once, so there is one block a level; 5 % for elementwise work, which XLA counts otherwise."""
-    model = HarmonicRNN(DENSE)
+    model = make(DENSE)
     params = jax.eval_shape(model.init, jax.random.key(0))
-    forward = jax.jit(lambda p, tokens: model.apply(p, {"tokens": tokens}, model.init_state(1))[0])
+    forward = jax.jit(lambda p, tokens: model.apply(model.prepare(p), {"tokens": tokens}, model.init_state(1))[0])
     shapes = (jax.ShapeDtypeStruct((1, length, 1), jnp.uint8) for length in LENGTHS)
     short, long = (forward.lower(params, s).compile().cost_analysis()["flops"] for s in shapes)
-    counts = operations(Config(model=DENSE))["forward"]
+    counts = costs(Config(model=DENSE)).operations["forward"]
     found = (long - short) / (LENGTHS[1] - LENGTHS[0])
     assert counts["dense"] == pytest.approx(found, rel=0.05) and counts["total"] == pytest.approx(found, rel=0.05)
 
@@ -140,22 +142,23 @@ def matrix_operations(jaxpr, times=1):
 @pytest.mark.parametrize("segments", [1, 3])
 def test_training_runs_forward_as_often_as_is_told(segments):
     """Read from the traced gradient, with several blocks a level; 2 % for sums that are made as products with ones."""
-    model = HarmonicRNN(dataclasses.replace(DENSE, blocks_per_level=2))
+    model = make(dataclasses.replace(DENSE, blocks_per_level=2))
     function = make_loss_and_grad(model, meshes.make_mesh(MeshConfig()))
     params, rows = jax.eval_shape(model.init, jax.random.key(0)), jax.ShapeDtypeStruct((1,), jnp.int32)
     shapes = (jax.ShapeDtypeStruct((segments, 1, length, 1), jnp.uint8) for length in LENGTHS)
-    short, long = (matrix_operations(jax.make_jaxpr(function)(params, s, rows, rows, None).jaxpr) for s in shapes)
+    traced = (jax.make_jaxpr(function)(params, batch_of(s, rows, rows), None) for s in shapes)
+    short, long = (matrix_operations(t.jaxpr) for t in traced)
     length = LENGTHS[0]
     config = Config(model=model.config, data=DataConfig(window_length=segments * length))
     config = override(config, [f"train.segment_length={length}"])
     found = (long - short) / segments / (LENGTHS[1] - LENGTHS[0])
-    assert operations(config)["training"]["dense"] == pytest.approx(found, rel=0.02)
+    assert costs(config).operations["training"]["dense"] == pytest.approx(found, rel=0.02)
 
 
 def test_bounds():
     """Operations limit many streams, the reading of weights few."""
     config = load_config("sc09")
-    needed, read = operations(config), weight_bytes(config)
+    needed, read = costs(config).operations, weight_bytes(config)
     assert bounds(config, math.inf, math.inf) == {}
     found = bounds(config, 1e12, 1e11)
     assert found["training"] == round(1e12 / needed["training"]["total"])

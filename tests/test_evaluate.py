@@ -12,24 +12,27 @@ import numpy as np
 import pytest
 from tiny import MODEL, config, parameters
 
-from harmonic.checkpoint import load_weights
+import harmonic.evaluate
+from harmonic import stages
 from harmonic.config import Config, override
 from harmonic.data import Dataset
 from harmonic.errors import UserError
 from harmonic.evaluate import baselines, evaluate_split
-from harmonic.models import HarmonicRNN
+from harmonic.files import write_json
+from harmonic.models import make
+from harmonic.run import Run
 from harmonic.train import train
-from workflows import stages
 
 
+@pytest.mark.laws
 @pytest.mark.parametrize(("batch", "segment"), [(1, 6), (4, 300), (64, 10_000)])
 def test_every_sample_counts_once(x64, tiny_data, batch, segment):
     """Law 6: the likelihood of a split is the same whatever the batch and the segments."""
-    model, params, split = HarmonicRNN(MODEL), parameters(jnp.float64), Dataset(tiny_data).split("train")
+    model, params, split = make(MODEL), parameters(jnp.float64), Dataset(tiny_data).split("train")
     ours = config(f"evaluate.batch_size={batch}", f"evaluate.segment_length={segment}")
     result = evaluate_split(model, params, split, ours)
     nats = samples = 0.0
-    apply = jax.jit(lambda x: model.apply(params, {"tokens": x}, model.init_state(1, jnp.float64))[0])
+    apply = jax.jit(lambda x: model.apply(model.prepare(params), {"tokens": x}, model.init_state(1, jnp.float64))[0])
     for i, length in enumerate(split.lengths):
         tokens = jnp.asarray(split.read(i))[None]
         padded = jnp.pad(tokens, ((0, 0), (0, 1_200 - length), (0, 0)))
@@ -41,7 +44,7 @@ def test_every_sample_counts_once(x64, tiny_data, batch, segment):
 
 
 def test_forgetting_gives_windowed_figures(x64, tiny_data):
-    model, params, split = HarmonicRNN(MODEL), parameters(jnp.float64), Dataset(tiny_data).split("train")
+    model, params, split = make(MODEL), parameters(jnp.float64), Dataset(tiny_data).split("train")
     whole = evaluate_split(model, params, split, config())
     windowed = evaluate_split(model, params, split, config(), reset_every=100)
     assert windowed.samples == whole.samples and windowed.nats != whole.nats
@@ -52,18 +55,22 @@ def test_forgetting_gives_windowed_figures(x64, tiny_data):
 def test_a_batch_has_no_more_rows_than_there_are_pieces(tiny_data, monkeypatch):
     """Rows that only fill a batch cost as much as others."""
     sizes = []
-    monkeypatch.setattr(HarmonicRNN, "init_state", lambda self, batch, *_: sizes.append(batch) or 1 / 0)
+
+    def batches(split, *, batch_size, **settings):
+        sizes.append(batch_size)
+        return iter(())
+
+    monkeypatch.setattr(harmonic.evaluate, "evaluation_batches", batches)
     split = Dataset(tiny_data).split("train")
     pieces = int((-(-split.lengths // 500)).sum())
     for reset, crop, rows in ((0, 0, len(split.recordings)), (500, 0, pieces), (500, 100, len(split.recordings))):
         ours = config("evaluate.batch_size=1000", f"data.crop_length={crop}")
-        with pytest.raises(ZeroDivisionError):
-            evaluate_split(HarmonicRNN(MODEL), parameters(jnp.float32), split, ours, reset_every=reset)
+        evaluate_split(make(MODEL), parameters(jnp.float32), split, ours, reset_every=reset)
         assert sizes.pop() == rows
 
 
 def test_broken_weights_have_no_likelihood(tiny_data):
-    model = HarmonicRNN(MODEL)
+    model = make(MODEL)
     broken = jax.tree.map(lambda v: v * jnp.nan, parameters(jnp.float32))
     with pytest.raises(UserError, match="not finite"):
         evaluate_split(model, broken, Dataset(tiny_data).split("test"), config())
@@ -123,7 +130,7 @@ def test_contexts_are_separate_windowed_figures(run, tiny_data, asked):
     figures = stages.evaluate_run(run, tiny_data, split="train", contexts=(0.05, 0.01, 9, 0.05, 0.075))
     assert asked == [0, 800, 160]
     assert noted(run) == {"train": figures}
-    weights, split = load_weights(run), Dataset(tiny_data).split("train")
+    weights, split = Run(run).weights(), Dataset(tiny_data).split("train")
     longest = int(split.lengths.max())
     rows = figures["contexts"]
     assert [row["context_samples"] for row in rows] == [160, 800, longest]
@@ -147,7 +154,7 @@ def test_without_contexts_there_are_none(run, tiny_data, asked):
 
 def test_an_interrupted_evaluation_goes_on(run, tiny_data, asked, monkeypatch):
     counted = stages.evaluate_split
-    manifest, step = Dataset(tiny_data).manifest, load_weights(run).step
+    manifest, step = Dataset(tiny_data).manifest, Run(run).weights().step
 
     def interrupted(*args, reset_every, **named):
         if reset_every == 160:
@@ -182,16 +189,16 @@ def test_figures_of_other_weights_or_data_are_not_kept(run, tiny_data, asked, na
     stages.evaluate_run(run, tiny_data, contexts=(0.01,))
     changed = noted(run)
     changed["test"][name] = 17
-    stages.write_json(run / "evaluation.json", changed)
+    write_json(run / "evaluation.json", changed)
     if name != "weights":
-        assert stages.evaluation(run, Dataset(tiny_data).manifest, load_weights(run).step) is None
+        assert stages.evaluation(run, Dataset(tiny_data).manifest, Run(run).weights().step) is None
     stages.evaluate_run(run, tiny_data, contexts=(0.005,))
     assert asked == [0, 160, 0, 80]
     assert [row["context_samples"] for row in noted(run)["test"]["contexts"]][:-1] == [80]
 
 
 def test_nothing_noted_is_no_evaluation(run, tiny_data, asked):
-    assert stages.evaluation(run, Dataset(tiny_data).manifest, load_weights(run).step) is None
+    assert stages.evaluation(run, Dataset(tiny_data).manifest, Run(run).weights().step) is None
 
 
 def test_contexts_and_reset_every_exclude_each_other(tmp_path):

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from harmonic.kernels import chunked, gated_gelu, linear_scan, machine
+from harmonic.errors import UserError
+from harmonic.kernels import chunked, gated_gelu, linear_scan
+from harmonic.kernels.cpu import ffi
 
+pytestmark = pytest.mark.laws
 TOLERANCE = {np.float32: 2e-5, np.float64: 1e-12}
 
 
@@ -56,9 +59,10 @@ def test_reference_equals_a_python_loop(rng):
     for t in range(9):
         h = a[:, t] * h + x[:, t]
         rows.append(h)
-    (re, im), last = linear_scan(*((v.real, v.imag) for v in (x, a, h0)), implementation="reference")
-    np.testing.assert_allclose(re + 1j * np.asarray(im), np.stack(rows, 1), rtol=1e-5)
-    np.testing.assert_allclose(last[0] + 1j * np.asarray(last[1]), h, rtol=1e-5)
+    pairs = ((jnp.asarray(v.real), jnp.asarray(v.imag)) for v in (x, a, h0))
+    (re, im), last = jax.tree.map(np.asarray, linear_scan(*pairs, implementation="reference"))
+    np.testing.assert_allclose(re + 1j * im, np.stack(rows, 1), rtol=1e-5)
+    np.testing.assert_allclose(last[0] + 1j * last[1], h, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -85,7 +89,7 @@ def test_sharded_scan_equals_reference(rng, x64, shards, dtype):
         def loss(args):
             h, h_last = linear_scan(*args, axis="seq")
             first = jax.lax.axis_index("seq") == 0
-            place = jax.lax.axis_index("seq") * x[0].shape[1] + jnp.arange(x[0].shape[1])
+            place = jax.lax.axis_index("seq") * x[0].shape[1] + jnp.arange(x[0].shape[1], dtype=jnp.int32)
             weights = jnp.cos(place.astype(dtype))[None, :, None]
             # The state is the same on every shard: only one of them may count it.
             return sum((v * weights).sum() for v in h) + sum(jnp.where(first, v, 0).sum() for v in h_last)
@@ -115,7 +119,7 @@ def test_shapes_that_do_not_fit_are_refused(rng):
     x, a, h0 = make_inputs(rng, 2, 8, 3, np.float32)
     with pytest.raises(ValueError, match="do not fit"):
         linear_scan(x, tuple(v[:, :4] for v in a), h0)
-    with pytest.raises(ValueError, match="implementation"):
+    with pytest.raises(UserError, match="implementation"):
         linear_scan(x, a, h0, implementation="fast")
 
 
@@ -125,30 +129,33 @@ def outputs_and_gradients(f, args):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("float64", 1e-12), ("bfloat16", 3e-2)])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 7, 16), (3, 50, 37)], ids=str)
-def test_gated_gelu_is_what_it_says(rng, x64, shape, dtype, tolerance):
+@pytest.mark.parametrize("implementation", ["auto", "chunked"])
+def test_gated_gelu_is_what_it_says(rng, x64, implementation, shape, dtype, tolerance):
     x, gate = (jnp.asarray(4 * rng.standard_normal(shape), dtype) for _ in range(2))
-    wide = jnp.promote_types(dtype, "float32")
+    wide = "float32" if dtype == "bfloat16" else dtype
     x_bias, gate_bias = (jnp.asarray(rng.standard_normal(shape[-1:]), wide) for _ in range(2))
 
     def obvious(x, x_bias, gate, gate_bias):
-        x, gate = x.astype(wide) + x_bias, gate.astype(wide) + gate_bias
+        x, gate = x.astype(wide) + x_bias[None, None], gate.astype(wide) + gate_bias[None, None]
         return (x * jax.nn.gelu(gate)).astype(dtype)
 
     args = x, x_bias, gate, gate_bias
-    actual, expected = outputs_and_gradients(gated_gelu, args), outputs_and_gradients(obvious, args)
+    run = functools.partial(gated_gelu, implementation=implementation)
+    actual, expected = outputs_and_gradients(run, args), outputs_and_gradients(obvious, args)
     to_float = functools.partial(jax.tree.map, lambda v: np.asarray(v, np.float64))
     assert_close(to_float(actual), to_float(expected), tolerance)
 
 
-def test_small_gates_keep_their_digits(x64):
+@pytest.mark.parametrize("implementation", ["auto", "chunked"])
+def test_small_gates_keep_their_digits(x64, implementation):
     """exp(-|v|) and not expm1(-|v|) + 1, whose error is that of 1: the gates multiply what is small, over and over."""
     gate = np.linspace(-5.0, -0.5, 97, dtype=np.float32).reshape(1, 1, -1)
     none = jnp.zeros(97, jnp.float32)
-    y = gated_gelu(jnp.ones_like(gate), none, jnp.asarray(gate), none)
+    y = gated_gelu(jnp.ones_like(gate), none, jnp.asarray(gate), none, implementation=implementation)
     np.testing.assert_allclose(y, jax.nn.gelu(jnp.asarray(gate, jnp.float64)), rtol=1e-5)
 
 
-@pytest.mark.skipif(not machine.available(), reason="this machine's XLA does not take machine code of ours")
+@pytest.mark.skipif(not ffi.available(), reason="this machine's XLA does not take this machine code")
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("threads", [2, 3, 7])
 def test_threads_change_no_bit(rng, monkeypatch, threads, batch):
@@ -158,13 +165,13 @@ def test_threads_change_no_bit(rng, monkeypatch, threads, batch):
     def run():
         return outputs_and_gradients(functools.partial(linear_scan, implementation="native"), inputs)
 
-    monkeypatch.setattr(machine, "threads", lambda: 1)
+    monkeypatch.setattr(ffi, "threads", lambda: 1)
     alone = run()
-    monkeypatch.setattr(machine, "threads", lambda: threads)
+    monkeypatch.setattr(ffi, "threads", lambda: threads)
     jax.tree.map(np.testing.assert_array_equal, run(), alone)
 
 
-@pytest.mark.skipif(not machine.available(), reason="this machine's XLA does not take machine code of ours")
+@pytest.mark.skipif(not ffi.available(), reason="this machine's XLA does not take this machine code")
 def test_what_is_not_a_number_comes_out_as_such(rng):
     x, a, h0 = make_inputs(rng, 1, 40, 20, np.float32)
     bad = (x[0].at[0, 20, 7].set(np.nan), x[1])

@@ -234,7 +234,7 @@ def test_a_manifest_that_cannot_be_is_refused(text, tmp_path):
 
 
 def test_without_a_manifest_there_is_no_data_set(tmp_path):
-    with pytest.raises(UserError, match=r"no data set stands in .*; make one with python -m pipelines.prepare"):
+    with pytest.raises(UserError, match=r"there is no data set in .*; make one with python -m pipelines.prepare"):
         records.load_manifest(tmp_path / "mine")
 
 

@@ -8,12 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import MODEL, config, parameters
+from tiny import MODEL, batch_of, config, parameters
+from work import operations
 
 from harmonic.config import MeshConfig
 from harmonic.mesh import make_mesh
-from harmonic.models import HarmonicRNN
+from harmonic.models import make
 from harmonic.step import init_state, learning_rate, make_loss_and_grad, make_optimizer, make_train_step
+
+pytestmark = pytest.mark.laws
 
 
 def random_batch(segments, batch, length, seed=0):
@@ -21,18 +24,19 @@ def random_batch(segments, batch, length, seed=0):
     tokens = numbers.integers(0, 256, (segments, batch, length, 1)).astype(np.uint8)
     total = segments * length
     lengths = np.array([total, total - 7, 5, 0] * (batch // 4 or 1), np.int32)[:batch]
-    return tokens, lengths, np.arange(batch, dtype=np.int32)
+    return batch_of(tokens, lengths, np.arange(batch, dtype=np.int32))
 
 
-def cut(tokens, segments):
+def cut(batch, segments):
     """The same sequences in another number of segments."""
-    _, batch, _, channels = tokens.shape
-    return tokens.swapaxes(0, 1).reshape(batch, segments, -1, channels).swapaxes(0, 1)
+    tokens = batch["tokens"]
+    _, rows, _, channels = tokens.shape
+    return {**batch, "tokens": tokens.swapaxes(0, 1).reshape(rows, segments, -1, channels).swapaxes(0, 1)}
 
 
 @functools.cache
 def loss_and_grad(data_axis, seq_axis):
-    model = HarmonicRNN(MODEL)
+    model = make(MODEL)
     return jax.jit(make_loss_and_grad(model, make_mesh(MeshConfig(data_axis, seq_axis))))
 
 
@@ -51,58 +55,59 @@ def test_sharding_is_invisible(x64, mesh, dtype, tolerance):
     """Law 3, with dropout on."""
     params, batch = parameters(dtype), random_batch(1, 8, 96)
     key = jnp.array([3, 4], jnp.uint32)
-    expected = loss_and_grad(1, 1)(params, *batch, key)
-    assert_same(loss_and_grad(*mesh)(params, *batch, key), expected, tolerance)
+    expected = loss_and_grad(1, 1)(params, batch, key)
+    assert_same(loss_and_grad(*mesh)(params, batch, key), expected, tolerance)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
 @pytest.mark.parametrize("segments", [2, 8, 16])
 def test_segments_are_invisible(x64, segments, dtype, tolerance):
     """Law 7: the gradient through segments is exact, down to one pooling product, dropout included."""
-    params, (tokens, lengths, rows) = parameters(dtype), random_batch(1, 4, 96)
+    params, batch = parameters(dtype), random_batch(1, 4, 96)
     key = jnp.array([3, 4], jnp.uint32)
-    expected = loss_and_grad(1, 1)(params, tokens, lengths, rows, key)
-    assert_same(loss_and_grad(1, 1)(params, cut(tokens, segments), lengths, rows, key), expected, tolerance)
+    expected = loss_and_grad(1, 1)(params, batch, key)
+    assert_same(loss_and_grad(1, 1)(params, cut(batch, segments), key), expected, tolerance)
 
 
 def test_segments_that_are_sharded(x64):
-    params, (tokens, lengths, rows) = parameters(jnp.float64), random_batch(1, 4, 96)
+    params, batch = parameters(jnp.float64), random_batch(1, 4, 96)
     key = jnp.array([3, 4], jnp.uint32)
-    expected = loss_and_grad(1, 1)(params, tokens, lengths, rows, key)
-    assert_same(loss_and_grad(2, 4)(params, cut(tokens, 4), lengths, rows, key), expected, 1e-10)
+    expected = loss_and_grad(1, 1)(params, batch, key)
+    assert_same(loss_and_grad(2, 4)(params, cut(batch, 4), key), expected, 1e-10)
 
 
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 2)])
 def test_accumulated_gradients_are_those_of_the_batch(x64, mesh):
     """Law 6: rows of unequal lengths, one of them empty, in parts."""
-    params, (tokens, lengths, rows) = parameters(jnp.float64), random_batch(2, 8, 48)
+    params, batch = parameters(jnp.float64), random_batch(2, 8, 48)
     key = jnp.array([3, 4], jnp.uint32)
-    expected = loss_and_grad(1, 1)(params, tokens, lengths, rows, key)
-    parts = make_loss_and_grad(HarmonicRNN(MODEL), make_mesh(MeshConfig(*mesh)), accumulate=4)
-    assert_same(jax.jit(parts)(params, tokens, lengths, rows, key), expected, 1e-10)
+    expected = loss_and_grad(1, 1)(params, batch, key)
+    parts = make_loss_and_grad(make(MODEL), make_mesh(MeshConfig(*mesh)), accumulate=4)
+    assert_same(jax.jit(parts)(params, batch, key), expected, 1e-10)
 
 
 def test_loss_is_bits_per_unmasked_sample(x64):
     """Against the definition, sample by sample, and blind to what stands behind a row's end."""
-    model, params = HarmonicRNN(MODEL), parameters(jnp.float64)
-    tokens, lengths, rows = random_batch(1, 4, 60)
-    loss, _ = loss_and_grad(1, 1)(params, tokens, lengths, rows, None)
-    logits, _ = model.apply(params, {"tokens": jnp.asarray(tokens[0])}, model.init_state(4, jnp.float64))
+    model, params = make(MODEL), parameters(jnp.float64)
+    batch = random_batch(1, 4, 60)
+    tokens, lengths = batch["tokens"], batch["length"]
+    loss, _ = loss_and_grad(1, 1)(params, batch, None)
+    logits, _ = model.apply(model.prepare(params), {"tokens": jnp.asarray(tokens[0])}, model.init_state(4, jnp.float64))
     log_p = np.asarray(jax.nn.log_softmax(logits))[:, :, 0]
     bits = [-log_p[b, t, tokens[0, b, t, 0]] / np.log(2) for b in range(4) for t in range(lengths[b])]
     np.testing.assert_allclose(loss, np.mean(bits), rtol=1e-12)
     behind = tokens.copy()
     behind[0, 1, lengths[1] :] = 9
-    assert loss_and_grad(1, 1)(params, behind, lengths, rows, None)[0] == loss
+    assert loss_and_grad(1, 1)(params, {**batch, "tokens": behind}, None)[0] == loss
 
 
 def test_memory_in_segments_grows_by_a_state_and_the_tokens():
     """Law 7, read from the compiled program."""
-    model, params = HarmonicRNN(MODEL), parameters(jnp.float32)
+    model, params = make(MODEL), parameters(jnp.float32)
 
     def temporaries(segments):
-        shapes = random_batch(segments, 1, 600)
-        compiled = loss_and_grad(1, 1).lower(params, *shapes, jnp.zeros(2, jnp.uint32)).compile()
+        batch = random_batch(segments, 1, 600)
+        compiled = loss_and_grad(1, 1).lower(params, batch, jnp.zeros(2, jnp.uint32)).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     short, long = temporaries(4), temporaries(40)
@@ -112,17 +117,37 @@ def test_memory_in_segments_grows_by_a_state_and_the_tokens():
 
 
 def test_work_grows_linearly():
-    """Law 7, in operations of the compiled program: no part of it is quadratic in the length."""
-    params = parameters(jnp.float32)
+    """Law 7, in operations: sixteen times the length, in one segment or in more of them, is sixteen times the work."""
+    model, shapes = make(MODEL), jax.ShapeDtypeStruct
+    params = jax.eval_shape(model.init, jax.random.key(0))
 
-    def operations(length):
-        model = HarmonicRNN(MODEL)
-        function = jax.jit(lambda p, x: model.apply(p, {"tokens": x}, model.init_state(1))[0])
-        compiled = function.lower(params, jnp.zeros((1, length, 1), jnp.uint8)).compile()
-        return compiled.cost_analysis()["flops"]
+    def forward(length):
+        def function(params, tokens):
+            return model.apply(model.prepare(params), {"tokens": tokens}, model.init_state(1))
 
-    # Loops are counted once: chunks of one length make the programs comparable.
-    assert operations(16 * 768) == pytest.approx(16 * operations(768), rel=0.35)
+        return operations(function, params, shapes((1, length, 1), jnp.uint8))
+
+    def training(segments, length):
+        rows = shapes((4,), jnp.int32)
+        batch = batch_of(shapes((segments, 4, length, 1), jnp.uint8), rows, rows)
+        return operations(loss_and_grad(1, 1), params, batch, shapes((2,), jnp.uint32))
+
+    # What is done once, whatever the length, may be a hundredth of the shorter one.
+    assert forward(16 * 768) == pytest.approx(16 * forward(768), rel=0.01)
+    assert training(1, 16 * 768) == pytest.approx(16 * training(1, 768), rel=0.01)
+    assert training(64, 768) == pytest.approx(16 * training(4, 768), rel=0.01)
+
+
+def test_operations_are_counted_wherever_they_are():
+    """The counter of the test above finds what is quadratic, and multiplies loops."""
+    x, w = jnp.zeros((64, 8)), jnp.zeros((8, 32))
+    products = 64 * 2 * 8 * 32
+    assert operations(jnp.dot, x, w) == products
+    assert operations(lambda x, w: jax.lax.scan(lambda carry, row: (carry, row @ w), 0, x), x, w) == products
+    assert operations(lambda x: jax.lax.map(jax.jit(jnp.sin), x), x) == 64 * 2 * 8
+    assert operations(lambda x: jnp.einsum("ik,jk->ij", x, x), x) == pytest.approx(2 * 64 * 64 * 8, rel=0.1)
+    with pytest.raises(ValueError, match="rounds are not known"):
+        operations(lambda x: jax.lax.while_loop(lambda x: (x > 0).all(), jnp.sin, x), x)
 
 
 def test_recipe():
@@ -131,46 +156,45 @@ def test_recipe():
     rates = [float(learning_rate(ours)(s)) for s in range(6)]
     np.testing.assert_allclose(rates, [0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01], rtol=1e-6)
     params = {"w": jnp.array([1.0, -2.0])}
-    optimizer = make_optimizer(ours)
+    optimizer = make_optimizer(make(ours.model), ours)
     update, _ = optimizer.update({"w": jnp.array([30.0, 40.0])}, optimizer.init(params), params)
     # Clipped to (0.6, 0.8); Adam's first step is the sign, and the weight decays beside it.
     np.testing.assert_allclose(update["w"], -0.0025 * (np.array([1, 1]) + 1e-4 * np.array([1, -2])), rtol=1e-4)
 
 
-def step_once(ours, state, tokens, lengths, rows, step=0):
-    model = HarmonicRNN(ours.model)
+def step_once(ours, state, batch, step=0):
+    model = make(ours.model)
     function = make_train_step(model, ours, make_mesh(ours.mesh))
-    batch = {"tokens": tokens, "length": lengths, "row": rows}
     return function(jax.tree.map(jnp.array, state), batch, jax.random.key(0), np.int32(step))
 
 
 def test_bad_updates_are_skipped_and_leave_everything_alone():
     ours = config("train.skip_norm=1e-9")
-    model = HarmonicRNN(ours.model)
+    model = make(ours.model)
     state = jax.jit(lambda: init_state(ours, model))()
     batch = random_batch(1, 4, 60)
-    after, metrics = step_once(ours, state, *batch)
+    after, metrics = step_once(ours, state, batch)
     assert metrics["skipped"] == 1 and metrics["streak"] == 1
     jax.tree.map(np.testing.assert_array_equal, (after.params, after.ema), (state.params, state.ema))
     jax.tree.map(np.testing.assert_array_equal, after.optimizer["adam"], state.optimizer["adam"])
 
     broken = jax.tree.map(lambda v: v * jnp.nan, state.params)
     ours = config()
-    after, metrics = step_once(ours, state._replace(params=broken), *batch)
+    after, metrics = step_once(ours, state._replace(params=broken), batch)
     assert np.isnan(metrics["loss"]) and metrics["skipped"] == 1
     jax.tree.map(np.testing.assert_array_equal, after.ema, state.ema)
     # A batch without a sample has no loss: skipped too.
-    _, metrics = step_once(ours, state, batch[0], np.zeros(4, np.int32), batch[2])
+    _, metrics = step_once(ours, state, {**batch, "length": np.zeros(4, np.int32)})
     assert metrics["skipped"] == 1
 
 
 @pytest.mark.parametrize("debias", [False, True])
 def test_average_of_the_weights(debias):
     ours = config("train.ema_decay=0.9", f"train.ema_debias={debias}")
-    state = jax.jit(lambda: init_state(ours, HarmonicRNN(ours.model)))()
+    state = jax.jit(lambda: init_state(ours, make(ours.model)))()
     expected, weights = state.params, []
     for step in range(3):
-        state, _ = step_once(ours, state, *random_batch(1, 4, 60), step=step)
+        state, _ = step_once(ours, state, random_batch(1, 4, 60), step=step)
         weights.append(state.params)
         expected = optax.incremental_update(state.params, expected, 0.1)
     if debias:
@@ -183,10 +207,9 @@ def test_average_of_the_weights(debias):
 def test_bfloat16_activations(mesh):
     """Close to float32, in half the bytes; what adds up over segments and samples stays in float32."""
     params, batch, key = parameters(jnp.float32), random_batch(2, 8, 48), jnp.array([3, 4], jnp.uint32)
-    model = HarmonicRNN(dataclasses.replace(MODEL, activations="bfloat16"))
-    loss, grads = jax.jit(make_loss_and_grad(model, make_mesh(MeshConfig(*mesh))))(params, *batch, key)
-    expected, expected_grads = loss_and_grad(1, 1)(params, *batch, key)
-    loss, expected = float(loss), float(expected)
+    model = make(dataclasses.replace(MODEL, activations="bfloat16"))
+    loss, grads = jax.jit(make_loss_and_grad(model, make_mesh(MeshConfig(*mesh))))(params, batch, key)
+    expected, expected_grads = loss_and_grad(1, 1)(params, batch, key)
     loss, expected = float(loss), float(expected)
     assert loss != expected and loss == pytest.approx(expected, rel=1e-3)
     for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
@@ -194,5 +217,5 @@ def test_bfloat16_activations(mesh):
         difference = np.linalg.norm(np.asarray(ours) - np.asarray(theirs))
         assert difference <= 0.1 * np.linalg.norm(np.asarray(theirs))
     tokens = {"tokens": jnp.zeros((2, 12, 1), jnp.uint8)}
-    logits, state = jax.jit(model.apply)(params, tokens, model.init_state(2))
+    logits, state = jax.jit(model.apply)(model.prepare(params), tokens, model.init_state(2))
     assert {v.dtype.name for v in jax.tree.leaves((logits, state))} == {"float32", "int32"}

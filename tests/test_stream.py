@@ -11,7 +11,7 @@ import soundfile
 from tiny import config
 
 from harmonic.checkpoint import Checkpoints, model_description
-from harmonic.models import HarmonicRNN
+from harmonic.models import make
 from harmonic.step import init_state
 
 
@@ -21,7 +21,7 @@ def workdir(tiny_data, tmp_path_factory):
     ours, folder = config(), tmp_path_factory.mktemp("run")
     (folder / "config.json").write_text(ours.to_json())
     shutil.copy(tiny_data / "manifest.json", folder)
-    state = jax.jit(lambda: init_state(ours, HarmonicRNN(ours.model)))()
+    state = jax.jit(lambda: init_state(ours, make(ours.model)))()
     checkpoints = Checkpoints(folder)
     checkpoints.save(1, state._asdict(), {"model": model_description(ours)}, None)
     checkpoints.close()

@@ -10,14 +10,14 @@ import jax
 import numpy as np
 import pytest
 from browser import LOOK, Browser
-from test_report import Page, curves
+from pages import Page, curves
 
 from configs.ablations import SIZES, load_study, study_names
 from harmonic import audio
 from harmonic.config import Config, config_names, load_config
-from harmonic.describe import count
 from harmonic.errors import UserError
-from harmonic.models import HarmonicRNN
+from harmonic.models import make
+from harmonic.models.costs import count
 from harmonic.report.inputs import number
 from harmonic.study.folder import write_study
 from harmonic.study.plan import Published, Run, Study
@@ -50,7 +50,7 @@ def test_runs_of_a_study_differ_in_one_thing(name, size):
 
 
 def parameters(config):
-    return count(jax.eval_shape(HarmonicRNN(config.model).init, jax.random.key(0)))
+    return count(jax.eval_shape(make(config.model).init, jax.random.key(0)))
 
 
 def test_paper_sizes_have_the_published_parameters():

@@ -19,18 +19,18 @@ import jax
 from absl import flags
 
 from configs.ablations import SIZES, load_study, study_names
-from harmonic import locks
-from harmonic.checkpoint import load_weights
+from harmonic import locks, mesh
 from harmonic.config import override
 from harmonic.data import Dataset
 from harmonic.errors import UserError
+from harmonic.files import read_json
 from harmonic.perceptual.classifier import Classifier
 from harmonic.perceptual.measure import measure_reference, measure_run
 from harmonic.perceptual.metrics import samples_needed, too_few
 from harmonic.report import build_report
-from harmonic.report.inputs import read_json_or_empty
+from harmonic.run import Run
 from harmonic.study.folder import StudyFolder, measure_generation
-from workflows import chain, cli, stages
+from workflows import chain, cli
 
 _STUDY = flags.DEFINE_string("study", None, f"{', '.join(study_names())}, or a path to a .py with get_study(size)")
 _SIZE = flags.DEFINE_enum("size", "small", SIZES, "the paper's model and recipe, or reduced ones for two CPU cores")
@@ -78,7 +78,7 @@ def main() -> None:
     datasets = {configs[key].data.dataset: configs[key] for key in wanted}
     for dataset, config in datasets.items():
         chain.prepare_data(config, data_dir, sources.get(dataset))
-    platform = stages.platform()
+    platform = mesh.hardware()
     folder.write(platform)
     labelled = _check_classifier(data_dir, set(datasets), workdir / "perceptual")
 
@@ -153,8 +153,8 @@ def _check_classifier(data_dir: Path, datasets: set[str], cache: Path) -> set[st
 
 def _measure_perceptual(folder: Path, data: Path, classifier: str, cache: Path) -> None:
     """Writes a run's perceptual.json, unless it exists for these weights, this classifier and as many clips."""
-    noted = read_json_or_empty(folder / "perceptual.json")
-    weights = load_weights(folder)
+    noted = read_json(folder / "perceptual.json") or {}
+    weights = Run(folder).weights()
     wanted = {
         "step": weights.step,
         "fingerprint": Dataset(data).manifest.fingerprint,

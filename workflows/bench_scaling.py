@@ -13,12 +13,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from harmonic import hlo, models
 from harmonic import mesh as meshes
-from harmonic import program
 from harmonic.config import Config, override
-from harmonic.describe import communication, sent
+from harmonic.describe import communication, costs
 from harmonic.errors import UserError
-from harmonic.models import HarmonicRNN
+from harmonic.models.base import Model
 from harmonic.step import make_loss_and_grad
 
 DEVICES = 8
@@ -42,7 +42,7 @@ def suite(
     Yields:
       Rows as `measure` gives them.
     """
-    multiple = config.model.pooling_product * DEVICES
+    multiple = config.model.multiple * DEVICES
     segment = -(-(config.train.segment_length or length) // multiple) * multiple
     config = override(
         config,
@@ -87,11 +87,11 @@ def measure(config: Config, reference: Path) -> dict[str, Any]:
       step, by `describe`), "temporary_bytes" (of one device), "over_even_share" (these times the devices, over those of
       a single one), "argument_bytes"}.
     """
-    model, mesh = HarmonicRNN(config.model, config.data.num_levels), meshes.make_mesh(config.mesh)
+    model, mesh = models.make(config.model, config.data.num_levels), meshes.make_mesh(config.mesh)
     arguments = _arguments(config, model, mesh)
     compiled = jax.jit(make_loss_and_grad(model, mesh)).lower(*arguments).compile()
     outputs = [np.asarray(v.addressable_data(0)) for v in jax.tree.leaves(compiled(*arguments))]
-    traffic, memory = sent(compiled, config), program.memory(compiled)
+    traffic, memory = hlo.sent(compiled, config.segments[0]), hlo.memory(compiled)
     if mesh.size == 1:
         np.savez(reference, memory.temporaries, *outputs)
     with np.load(reference) as saved:
@@ -104,12 +104,12 @@ def measure(config: Config, reference: Path) -> dict[str, Any]:
         "processes": jax.process_count(),
         "shape": [config.train.global_batch_size, config.training_length],
         "segments": [segments, segment],
-        "dtype": config.model.activations,
+        "dtype": config.model.dtype,
         "loss": float(outputs[0]),
         "loss_difference": differences[0],
         "gradient_difference": max(differences[1:]),
         "sent_bytes": {
-            "layer": traffic["layers"] // model.num_blocks,
+            "layer": traffic["layers"] // costs(config).blocks,
             **{name: traffic[name] for name in ("segment", "gradients", "step")},
         },
         "foretold_bytes": communication(config)["step"],
@@ -119,7 +119,7 @@ def measure(config: Config, reference: Path) -> dict[str, Any]:
     }
 
 
-def _arguments(config: Config, model: HarmonicRNN, mesh: jax.sharding.Mesh) -> tuple[Any, ...]:
+def _arguments(config: Config, model: Model, mesh: jax.sharding.Mesh) -> tuple[Any, ...]:
     """Parameters and a batch, the same on every mesh and in every process."""
 
     def place(value: Any, spec: jax.sharding.PartitionSpec) -> jax.Array:
@@ -131,10 +131,10 @@ def _arguments(config: Config, model: HarmonicRNN, mesh: jax.sharding.Mesh) -> t
     levels = config.data.num_levels
     tokens = numbers.integers(0, levels, (segments, batch, length, 1)).astype(np.uint8 if levels <= 256 else np.uint16)
     params = jax.jit(model.init)(jax.random.key(config.seed))
-    return (
-        jax.tree.map(lambda v: place(v, meshes.REPLICATED), params),
-        place(tokens, meshes.TOKENS),
-        place(np.full(batch, config.training_length, np.int32), meshes.ROWS),
-        place(np.arange(batch, dtype=np.int32), meshes.ROWS),
-        place(np.array([1, 2], np.uint32), meshes.REPLICATED),
-    )
+    batch_arrays = {
+        "tokens": place(tokens, meshes.TOKENS),
+        "length": place(np.full(batch, config.training_length, np.int32), meshes.ROWS),
+        "row": place(np.arange(batch, dtype=np.int32), meshes.ROWS),
+    }
+    params = jax.tree.map(lambda v: place(v, meshes.REPLICATED), params)
+    return params, batch_arrays, place(np.array([1, 2], np.uint32), meshes.REPLICATED)

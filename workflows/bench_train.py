@@ -5,6 +5,7 @@ Every measurement is made in a process of its own, so that its peak of memory is
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,15 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from harmonic import program
+from harmonic import hlo, models
 from harmonic.config import Config, override
-from harmonic.describe import operations
+from harmonic.describe import costs
 from harmonic.errors import UserError
-from harmonic.mesh import make_mesh
-from harmonic.models import HarmonicRNN
+from harmonic.mesh import hardware, make_mesh
 from harmonic.step import init_state, make_train_step
-from workflows import stages, timing
-from workflows.plain_model import RECURRENCES, PlainModel
+from workflows import timing
 
 OURS = "harmonic"
 _ENOUGH = 120.0  # seconds of steps after which no other is begun
@@ -34,8 +33,8 @@ def suite(config: Config, batch: int, lengths: Sequence[int], *, baseline_sample
       config: its model and recipe.
       batch: sequences.
       lengths: samples of each.
-      baseline_samples: up to that many samples a step, the same step of the plain model stands before ours, in one
-        segment, with each of its recurrences.
+      baseline_samples: up to that many samples a step, the same step of the plain model is measured first, in one
+        segment, with each of its variants.
 
     Yields:
       Rows as `measure` gives them. Ours have also the time per sample over that at the first length, and beside a
@@ -46,13 +45,13 @@ def suite(config: Config, batch: int, lengths: Sequence[int], *, baseline_sample
     first = None
     for length in lengths:
         plain = {}
-        for recurrence in RECURRENCES if batch * length <= baseline_samples else ():
+        for variant in models.plain_variants(config.model) if batch * length <= baseline_samples else ():
             try:
-                plain[recurrence] = timing.in_child(measure, config, batch, length, recurrence)
-                yield plain[recurrence]
+                plain[variant] = timing.in_child(measure, config, batch, length, variant)
+                yield plain[variant]
             except UserError as error:
-                where = timing.in_child(stages.platform)  # asking here would take hold of it
-                row = {"platform": where, "config": config.name, "implementation": recurrence, "shape": [batch, length]}
+                where = timing.in_child(hardware)  # asking here would take hold of it
+                row = {"platform": where, "config": config.name, "implementation": variant, "shape": [batch, length]}
                 yield {**row, "failed": str(error)}
         row = timing.in_child(measure, config, batch, length)
         first = first or row["samples_per_second"]
@@ -74,15 +73,15 @@ def measure(config: Config, batch: int, length: int, implementation: str = OURS)
     Args:
       config: its model and recipe.
       batch, length: of the tokens.
-      implementation: our model, in the config's segments; or a recurrence of the plain one, in one segment.
+      implementation: our model, in the config's segments; or a variant of the plain one, in one segment.
 
     Raises:
       UserError: the compiled program needs more memory than is free.
     """
     sizes = [f"train.global_batch_size={batch}", f"data.window_length={length}", "data.crop_length=0"]
     config = override(config, sizes if implementation == OURS else [*sizes, "train.segment_length=0"])
-    sizes_of_model = config.model, config.data.num_levels
-    model = HarmonicRNN(*sizes_of_model) if implementation == OURS else PlainModel(implementation, *sizes_of_model)
+    make = models.make if implementation == OURS else functools.partial(models.plain, variant=implementation)
+    model = make(config.model, config.data.num_levels)
     state = jax.jit(lambda: init_state(config, model))()
     segments, segment = config.segments
     arrays = {
@@ -96,7 +95,7 @@ def measure(config: Config, batch: int, length: int, implementation: str = OURS)
     traced = time.perf_counter()
     step = lowered.compile()
     compiled = time.perf_counter()
-    memory, free = program.memory(step), timing.free_bytes()
+    memory, free = hlo.memory(step), timing.free_bytes()
     if free is not None and memory.temporaries > free:
         gigabytes = f"{memory.temporaries / 1e9:.1f} GB beside its arguments, where {free / 1e9:.1f} GB are free"
         raise UserError(f"the step needs {gigabytes}")
@@ -108,12 +107,12 @@ def measure(config: Config, batch: int, length: int, implementation: str = OURS)
     resident = timing.peak_resident_bytes()
     on_device = jax.devices()[0].memory_stats()  # None on a CPU
     seconds, cpu_seconds = min(times)
-    dtype = config.model.activations if implementation == OURS else "float32"
+    dtype = config.model.dtype if implementation == OURS else "float32"
     samples, rate = batch * length / seconds, timing.matrix_rate(dtype)
     # Dense layers and gates of all levels, twice over again for the backward pass: what no implementation can avoid.
-    needed = 3 * operations(config)["forward"]["dense"]
+    needed = 3 * costs(config).operations["forward"]["dense"]
     return {
-        "platform": stages.platform(),
+        "platform": hardware(),
         "config": config.name,
         "implementation": implementation,
         "shape": [batch, length],

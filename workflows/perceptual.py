@@ -14,9 +14,9 @@ from pathlib import Path
 
 from absl import flags
 
-from harmonic.checkpoint import load_run_config
 from harmonic.errors import UserError
 from harmonic.perceptual.measure import measure_reference, measure_run, table
+from harmonic.run import Run
 from workflows import cli
 
 _CLASSIFIER = flags.DEFINE_string("classifier", None, "a folder of workflows.train_classifier, or resnext.pth")
@@ -66,7 +66,7 @@ def main() -> None:
     workdir = Path(cli.FLAGS.workdir)
     result = measure_run(
         workdir,
-        cli.data_folder(load_run_config(workdir).data.dataset),
+        cli.data_folder(Run(workdir).config.data.dataset),
         _CLASSIFIER.value,
         num_samples=_NUM.value,
         checkpoint=_CHECKPOINT.value,

@@ -8,14 +8,27 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from pathlib import Path
+from typing import Any
 
 from configs import sc09, sc09_small
 from harmonic.config import Config, run_file
 from harmonic.errors import UserError
+from harmonic.models.harmonic_rnn.config import ModelConfig
 from harmonic.published import PAPER, find
 from harmonic.study.plan import Published, Run, Study
 
-__all__ = ["SIZES", "Published", "Run", "Study", "base", "load_study", "published", "study_names"]
+__all__ = [
+    "SIZES",
+    "Published",
+    "Run",
+    "Study",
+    "base",
+    "load_study",
+    "published",
+    "study_names",
+    "width",
+    "with_model",
+]
 
 SIZES = ("paper", "small")
 _SPEEDS = ("epochs_per_hour", "generated_per_second")
@@ -39,14 +52,24 @@ def base(size: str) -> Config:
         return sc09.get_config()
     config = sc09_small.get_config()
     return dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, pool_groups=config.model.width),
+        with_model(config, config.name, pool_groups=width(config)),
         data=dataclasses.replace(config.data, window_length=2_000),
         train=dataclasses.replace(
             config.train, steps=600, validate_every=60, checkpoint_every=120, validation_recordings=48
         ),
         generate=dataclasses.replace(config.generate, num_samples=4, num_continuations=2),
     )
+
+
+def width(config: Config) -> int:
+    """Features of the model's residual stream."""
+    assert isinstance(config.model, ModelConfig)
+    return config.model.width
+
+
+def with_model(config: Config, name: str, **fields: Any) -> Config:
+    """The config under another name, with other values of its model's fields."""
+    return dataclasses.replace(config, name=name, model=dataclasses.replace(config.model, **fields))
 
 
 def study_names() -> list[str]:

@@ -8,10 +8,9 @@ table with dropout. The paper shows curves, and prints only the baseline's likel
 dropout either: here it is the blocks' own at the paper's size, 0.2, in both sizes.
 """
 
-import dataclasses
 from typing import Literal
 
-from configs.ablations import Published, Run, Study, base, published
+from configs.ablations import Published, Run, Study, base, published, with_model
 
 _RUNS: dict[str, tuple[str, Literal["sinusoidal", "linear", "learned"], float]] = {
     "sinusoidal": ("Sinusoidal", "sinusoidal", 0.0),
@@ -34,11 +33,7 @@ def get_study(size: str) -> Study:
             Run(
                 name,
                 title,
-                dataclasses.replace(
-                    config,
-                    name=f"embedding_{size}_{name}",
-                    model=dataclasses.replace(config.model, embedding=embedding, embedding_dropout=dropout),
-                ),
+                with_model(config, f"embedding_{size}_{name}", embedding=embedding, embedding_dropout=dropout),
                 published("sc09", "128 pooling groups") if name == "sinusoidal" else Published(),
             )
             for name, (title, embedding, dropout) in _RUNS.items()

@@ -7,9 +7,7 @@ The paper compares dense convolutions (1 group), 4 groups and diagonal ones (128
 compares the same three cases at a width of 32: 1, 4 and 32 groups.
 """
 
-import dataclasses
-
-from configs.ablations import Run, Study, base, published
+from configs.ablations import Run, Study, base, published, width, with_model
 
 _PAPER = {
     "dense": published("sc09", "1 pooling group"),
@@ -21,8 +19,8 @@ _PAPER = {
 def get_study(size: str) -> Study:
     """The study."""
     config = base(size)
-    groups = {"dense": 1, "four": 4, "diagonal": config.model.width}
-    words = {"dense": "1 group (dense)", "four": "4 groups", "diagonal": f"{config.model.width} groups (diagonal)"}
+    groups = {"dense": 1, "four": 4, "diagonal": width(config)}
+    words = {"dense": "1 group (dense)", "four": "4 groups", "diagonal": f"{width(config)} groups (diagonal)"}
     return Study(
         name="groups",
         title="Groups of the pooling convolutions",
@@ -34,11 +32,7 @@ def get_study(size: str) -> Study:
             Run(
                 name,
                 words[name],
-                dataclasses.replace(
-                    config,
-                    name=f"groups_{size}_{name}",
-                    model=dataclasses.replace(config.model, pool_groups=count),
-                ),
+                with_model(config, f"groups_{size}_{name}", pool_groups=count),
                 _PAPER[name],
             )
             for name, count in groups.items()

@@ -8,9 +8,7 @@ outside it and a third within; none. In the paper the likelihoods are nearly equ
 study spreads 10 blocks: (2, 2, 2) at factors (4, 4), 6 outside and 4 within, and 10.
 """
 
-import dataclasses
-
-from configs.ablations import Run, Study, base, published
+from configs.ablations import Run, Study, base, published, with_model
 
 _PAPER = {
     "baseline": published("sc09", "128 pooling groups", speeds=True),
@@ -38,11 +36,7 @@ def get_study(size: str) -> Study:
             Run(
                 name,
                 f"{_WORDS[name]}{f' ({chr(215).join(map(str, factors))})' if name == 'baseline' else ''}",
-                dataclasses.replace(
-                    config,
-                    name=f"pooling_{size}_{name}",
-                    model=dataclasses.replace(config.model, pool_factors=factors, blocks_per_level=blocks),
-                ),
+                with_model(config, f"pooling_{size}_{name}", pool_factors=factors, blocks_per_level=blocks),
                 _PAPER[name],
             )
             for name, (factors, blocks) in _LAYOUT[size].items()

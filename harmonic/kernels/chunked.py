@@ -1,9 +1,9 @@
-"""A fast linear scan for CPU: blocked over time, so that the memory is streamed through a few times and no more.
+"""A fast linear scan for CPU in XLA's own operations, blocked over time: a few passes over memory and no more.
 
-Time is cut into chunks that are scanned side by side. A first pass finds each chunk's map (the product of its a and its
-last h from zero), a short scan composes these into the states that enter the chunks, and a second pass writes h. The
-backward pass is the same scan in reverse, over conj(a); products of a are never stored. Real and imaginary parts are
-separate arrays, cut by a reshape without a transpose, and indexed dynamically: what XLA does best on CPU.
+Time is cut into chunks that are scanned side by side. A first pass computes each chunk's map (the product of its a and
+its last h from zero), a short scan composes the maps into the states that enter the chunks, and a second pass writes h.
+The backward pass is the same scan in reverse, over conj(a); products of a are never stored. Real and imaginary parts
+are separate arrays, cut by a reshape without a transpose, and indexed dynamically, which suits XLA best on CPU.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import math
 import jax
 import jax.numpy as jnp
 
+from harmonic.kernels.arithmetic import Pair, add, multiply, multiply_conjugate
 from harmonic.kernels.context_parallel import exchange_carries
-from harmonic.kernels.reference import Pair, add, multiply, multiply_conjugate
 
-_CHUNKS = 128  # chunks in flight, over the batch: enough rows for vector units and cores, few enough for the caches
+_CHUNKS = 128  # over the whole batch: enough rows for vector units and cores, few enough for the caches
 
 
 def chunk_length(time: int, batch: int) -> int:
-    """A length that divides `time` into about `_CHUNKS` chunks over the batch."""
+    """The length of a chunk: a divisor of `time` that makes about `_CHUNKS` chunks over the batch."""
     target = max(1.0, time * batch / _CHUNKS)
     divisors = [d for i in range(1, math.isqrt(time) + 1) if time % i == 0 for d in (i, time // i)]
     return min(divisors, key=lambda d: (abs(math.log(d / target)), d))
@@ -72,10 +72,10 @@ def _backward(axis: str | None, residuals, cotangents):
     a, h, h_in = residuals
     dh, dh_last = cotangents
     batch, time, channels = a[0].shape
-    length = h_in[0].shape[1]  # chunks
-    length = time // length
+    chunks = h_in[0].shape[1]
+    length = time // chunks
     as_, hs, dhs = _split((a, h, dh), length)
-    # h_last is the last shard's, told to all: so its cotangents add up.
+    # Every shard has a copy of h_last, which is the last shard's: their cotangents add up.
     if axis is not None and jax.lax.axis_size(axis) > 1:
         dh_last = jax.lax.psum(dh_last, axis)
 

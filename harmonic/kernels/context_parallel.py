@@ -1,8 +1,8 @@
-"""What the shards of a sequence tell one another.
+"""The exchange between the shards of a sequence.
 
 All functions run inside `jax.shard_map`, where `axis` names the mesh axis that the sequence is cut over; with `axis`
-None, or of size one, they move nothing. What is differentiated is the *sum over devices* of each device's own loss, so
-the transpose of a sum over devices is that sum again: use them under `check_vma=False`.
+None, or of size one, they move nothing. They are differentiated as parts of the *sum over devices* of each device's own
+loss, in which the transpose of a sum over devices is that sum again: use them under `check_vma=False`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from harmonic.kernels.reference import Pair, add, multiply, multiply_conjugate
+from harmonic.kernels.arithmetic import Pair, add, multiply, multiply_conjugate
 
 
 def broadcast_last(x: jax.Array, axis: str | None) -> jax.Array:
@@ -26,10 +26,10 @@ def left_halo(tail: jax.Array, carry: jax.Array, axis: str | None) -> tuple[jax.
 
     Args:
       tail: the end of this shard's piece.
-      carry: what stands before the first shard's piece, the same on every shard.
+      carry: the rows before the first shard's piece, the same on every shard.
 
     Returns:
-      (what stands before this shard's piece, the last shard's tail: the next segment's `carry`).
+      (the rows before this shard's piece; the last shard's tail, which is the next segment's `carry`).
     """
     if axis is None or jax.lax.axis_size(axis) == 1:
         return carry, tail
@@ -50,7 +50,7 @@ def exchange_carries(
       product, last: [batch, channels], this shard's map.
       carry: [batch, channels], the state that enters the first shard (the last one if `reverse`).
       conjugate: the map is conj(product) * h + last. Products that were gathered already need not be sent again: XLA
-        sees that they are the same.
+        merges the two gathers.
 
     Returns:
       (state entering this shard, state leaving the other end), each [batch, channels].

@@ -1,7 +1,7 @@
-"""Dense layers, normalisation and channel-wise products whose derivatives hold no slow sums.
+"""Dense layers, normalisation and channel-wise products whose derivatives have no slow sums.
 
-Parameters may be wider than what they are applied to (float32 beside bfloat16): results have the type of x, and sums
-and the parameters' derivatives that of the parameters.
+Parameters may be wider than the arrays that they are applied to (float32 beside bfloat16): results have the type of x;
+sums and the parameters' derivatives have that of the parameters.
 
 On CPU, XLA's sums over rows or columns take up to ten times as long as a matrix product with ones. The derivatives are
 written out here so that every such sum is one product.
@@ -12,17 +12,19 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from harmonic.kernels.target import platform
+
 EPSILON = 1e-6  # of the variance, as in Flax's LayerNorm
 
 
-def platform() -> str:
-    """The platform that what is traced now will run on: cpu, gpu or tpu.
+def beside(v: jax.Array, x: jax.Array) -> jax.Array:
+    """v with leading axes of one, so that it has as many axes as x."""
+    return v.reshape((1,) * (x.ndim - v.ndim) + v.shape)
 
-    Asked while tracing. `jax.lax.platform_dependent` would ask while lowering, but traces and differentiates every
-    platform's branch, and joins their residuals: seconds of tracing and zeros in memory for kernels that are not run.
-    """
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]
-    return jax.default_backend() if device is None else getattr(device, "platform", device)
+
+def widen(x: jax.Array) -> jax.Array:
+    """x in float32 at least."""
+    return x if x.dtype.itemsize >= 4 else x.astype(jnp.float32)
 
 
 def column_sum(x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
@@ -30,7 +32,7 @@ def column_sum(x: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
     rows = x.reshape(-1, x.shape[-1])
     if platform() != "cpu":
         return rows.sum(0, dtype=dtype)
-    # Behind a barrier, or XLA sees through the ones and makes the slow sum of it again.
+    # The barrier hides the ones from XLA, which would turn the product into the slow sum again.
     ones = jax.lax.optimization_barrier(jnp.ones((1, rows.shape[0]), x.dtype))
     return jnp.matmul(ones, rows, preferred_element_type=dtype)[0]
 
@@ -50,7 +52,7 @@ def normalise(x: jax.Array) -> jax.Array:
 
 
 def _normalise_forward(x: jax.Array):
-    wide = _wide(x)
+    wide = widen(x)
     centred = wide - row_mean(wide)
     inverse = jax.lax.rsqrt(row_mean(centred * centred) + EPSILON)
     y = (centred * inverse).astype(x.dtype)
@@ -59,12 +61,8 @@ def _normalise_forward(x: jax.Array):
 
 def _normalise_backward(residuals, dy: jax.Array):
     y, inverse = residuals
-    dtype, y, dy = dy.dtype, _wide(y), _wide(dy)
+    dtype, y, dy = dy.dtype, widen(y), widen(dy)
     return ((inverse * (dy - row_mean(dy) - y * row_mean(dy * y))).astype(dtype),)
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 normalise.defvjp(_normalise_forward, _normalise_backward)
@@ -79,7 +77,7 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def _product_backward(residuals, dy: jax.Array):
     x, kernel = residuals
     rows, drows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    # In this order, or the gradient, often the wider one, is transposed in memory for it.
+    # In this order: the other one transposes `drows`, often the wider of the two, in memory.
     dkernel = jnp.matmul(rows.T, drows, preferred_element_type=kernel.dtype)
     return (drows @ kernel.T.astype(x.dtype)).reshape(x.shape), dkernel
 
@@ -90,10 +88,10 @@ product.defvjp(lambda x, kernel: (product(x, kernel), (x, kernel)), _product_bac
 @jax.custom_vjp
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
     """x + bias: x [batch, time, width], bias [width]."""
-    return x + bias.astype(x.dtype)
+    return x + beside(bias.astype(x.dtype), x)
 
 
-# The bias stands for its type alone.
+# The bias is saved only for its dtype.
 add_bias.defvjp(lambda x, bias: (add_bias(x, bias), bias), lambda bias, dy: (dy, column_sum(dy, bias.dtype)))
 
 
@@ -109,7 +107,7 @@ def channelwise(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 def _channelwise_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array):
-    return x * kernel.astype(x.dtype) + bias.astype(x.dtype), (x, kernel)
+    return x * beside(kernel.astype(x.dtype), x) + beside(bias.astype(x.dtype), x), (x, kernel)
 
 
 def _channelwise_backward(residuals, dy: jax.Array):
@@ -118,7 +116,7 @@ def _channelwise_backward(residuals, dy: jax.Array):
     def summed(v: jax.Array) -> jax.Array:
         return column_sum(v.reshape(*v.shape[: v.ndim - kernel.ndim], -1), kernel.dtype).reshape(kernel.shape)
 
-    return dy * kernel.astype(x.dtype), summed(dy * x), summed(dy)
+    return dy * beside(kernel.astype(x.dtype), x), summed(dy * x), summed(dy)
 
 
 channelwise.defvjp(_channelwise_forward, _channelwise_backward)

@@ -10,6 +10,7 @@ from harmonic import audio
 from harmonic.data import Dataset, Split
 from harmonic.errors import UserError
 from harmonic.perceptual.mel import one_second
+from harmonic.voice import Codec
 
 
 def read_clips(split: Split, first: int, last: int) -> np.ndarray:
@@ -17,12 +18,8 @@ def read_clips(split: Split, first: int, last: int) -> np.ndarray:
 
     They are decoded from tokens, as generated clips are, so that both have the same quantisation noise.
     """
-    manifest = split.manifest
-    clips = []
-    for index in range(first, last):
-        tokens = split.read(index, 0, audio.SAMPLE_RATE)[:, 0]
-        clips.append(one_second(audio.decode(tokens, manifest.encoding, num_levels=manifest.num_levels)))
-    return np.stack(clips)
+    codec = Codec.of(split.manifest)
+    return np.stack([one_second(codec.decode(split.read(i, 0, audio.SAMPLE_RATE))) for i in range(first, last)])
 
 
 def check_clips(dataset: Dataset) -> None:

@@ -19,11 +19,10 @@ from typing import Any
 import numpy as np
 
 from harmonic import audio
-from harmonic.checkpoint import Weights, load_weights
+from harmonic.checkpoint import Trained
 from harmonic.data import Dataset, Split
 from harmonic.errors import UserError
 from harmonic.files import write_whole
-from harmonic.generate import generate
 from harmonic.locks import writing
 from harmonic.metrics import Progress
 from harmonic.perceptual.classifier import Classifier
@@ -36,6 +35,8 @@ from harmonic.perceptual.metrics import (
     modified_inception_score,
     samples_needed,
 )
+from harmonic.run import Run
+from harmonic.voice import Codec, Voice
 
 RESULT = "perceptual.json"
 NOISE = 2_048  # clips of white noise, at most
@@ -88,7 +89,7 @@ def measure_run(
       data: the data set that it was trained on.
       classifier: a path for `Classifier.load`.
       num_samples: clips to generate; the published figures use 10,240, or 2,048 without rejection.
-      checkpoint, raw: as in `load_weights`.
+      checkpoint, raw: as in `Run.weights`.
       temperature, top_p: of sampling; by default those of the run's config.
       seed: of the clips, and of the random choices in the figures.
       match_lengths: silence each generated clip after a length drawn from the training recordings, which are padded
@@ -106,7 +107,7 @@ def measure_run(
         finite.
     """
     workdir = Path(workdir)
-    weights = load_weights(workdir, checkpoint, raw=raw)
+    weights = Run(workdir).weights(checkpoint, raw=raw)
     with writing(workdir):
         reference = _Reference(data, classifier, cache or workdir / "perceptual", allow_rank_deficient, show_progress)
         reference.dataset.check(weights.config)
@@ -302,30 +303,22 @@ def _write_piece(path: Path, outputs: Outputs) -> None:
 
 
 def _generated(
-    reference: _Reference, weights: Weights, count: int, settings: dict[str, Any], match_lengths: bool
+    reference: _Reference, weights: Trained, count: int, settings: dict[str, Any], match_lengths: bool
 ) -> Outputs:
-    data = weights.config.data
+    voice = Voice(weights.model, weights.params, Codec.of(reference.dataset.manifest))
     length = audio.SAMPLE_RATE
     lengths = reference.dataset.split("train").lengths
 
     def make(first: int, last: int, tick: Callable[[int], None]) -> tuple[np.ndarray, np.ndarray]:
-        tokens, nats = [], np.zeros(last - first)
-        for chunk in generate(
-            weights.model,
-            weights.params,
-            batch=last - first,
-            first_stream=first,
-            length=length,
-            chunk=_CHUNK,
-            **settings,
-        ):
-            tokens.append(chunk.tokens[:, :, 0])
-            nats += chunk.nats
-            tick(chunk.tokens[:, :, 0].size)
+        sounds, nats = [], np.zeros(last - first)
+        for piece in voice.pieces(length, num_samples=last - first, first_stream=first, chunk=_CHUNK, **settings):
+            sounds.append(piece.sound)
+            nats += piece.nats
+            tick(piece.sound.size)
         bad = int((~np.isfinite(nats)).sum())
         if bad:
             raise UserError(f"{bad} generated clips have a likelihood that is not finite: the weights are broken")
-        clips = audio.decode(np.concatenate(tokens, 1), data.encoding, num_levels=data.num_levels)
+        clips = np.concatenate(sounds, 1)
         if match_lengths:
             for number, clip in zip(range(first, last), clips, strict=True):
                 clip[np.random.default_rng((settings["seed"], number)).choice(lengths) :] = 0

@@ -41,7 +41,7 @@ _QUANTILES = ("0", "0.05", "0.25", "0.5", "0.75")
 def perceptual(found: Json, dataset: str) -> Json | None:
     """The figures of perceptual.json, beside those published for the same data set."""
     rows: list[list[str]] = []
-    ours = None
+    ours: int | None = None
     for key, title in _ROWS:
         row = section(found, key)
         cells = _cells(_FIGURES, functools.partial(number, row))

@@ -23,14 +23,6 @@ def read_json(path: Path, *, required: bool = False) -> Json:
     return {} if text is None else _parse(text, path)
 
 
-def read_json_or_empty(path: Path) -> Json:
-    """The object in a file; {} if there is none that is whole."""
-    try:
-        return read_json(path)
-    except UserError:
-        return {}
-
-
 def read_metrics(path: Path) -> list[Json]:
     """The objects in a metrics.jsonl, one a line.
 

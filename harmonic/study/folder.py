@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from harmonic.checkpoint import load_weights
 from harmonic.config import Config
 from harmonic.errors import UserError
-from harmonic.files import write_whole
+from harmonic.files import read_json, write_json, write_whole
 from harmonic.generate import generate
 from harmonic.metrics import read_metrics
 from harmonic.models import DEFAULT_KIND
-from harmonic.report.inputs import Json, read_json_or_empty
+from harmonic.report.inputs import Json
+from harmonic.run import Run as RunFolder
 from harmonic.study.page import study_page
 from harmonic.study.plan import Run, Study
 from harmonic.study.tables import csv_text, markdown
@@ -46,7 +46,7 @@ class StudyFolder:
     def __init__(self, study: Study, size: str, workdir: Path, configs: dict[tuple[str, int], Config], command: str):
         self._study, self._size, self._workdir, self._configs, self._command = study, size, workdir, configs, command
         self.errors: dict[tuple[str, int], str] = {}
-        there = read_json_or_empty(workdir / "study.json")
+        there = read_json(workdir / "study.json") or {}
         if there and (there.get("study"), there.get("size")) != (study.name, size):
             raise UserError(
                 f"{workdir} holds the study {there.get('study')} at size {there.get('size')}; give another --workdir"
@@ -93,14 +93,14 @@ class StudyFolder:
         metrics = read_metrics(folder)
         curve = {line["step"]: line["bits_per_sample"] for line in metrics if line["kind"] == "validation"}
         result["validation"] = [[step, curve[step]] for step in sorted(curve)]
-        summary = read_json_or_empty(folder / "summary.json")
+        summary = read_json(folder / "summary.json") or {}
         if not summary or summary["train"]["steps"] < config.train.steps:
             return result
-        speed = read_json_or_empty(self._workdir / "speed.json")
+        speed = read_json(self._workdir / "speed.json") or {}
         trained = [line["samples_per_second"] for line in metrics if line["kind"] == "train"]
-        samples = read_json_or_empty(folder / "samples" / "samples.json") or {"samples": []}
+        samples = read_json(folder / "samples" / "samples.json") or {"samples": []}
         clips = [row for row in samples["samples"] if row["kind"] == "sample"]
-        perceptual = read_json_or_empty(folder / "perceptual.json")
+        perceptual = read_json(folder / "perceptual.json") or {}
         return {
             **result,
             "dataset": summary["data"]["dataset"],
@@ -146,12 +146,12 @@ def measure_generation(workdir: Path, folders: dict[str, Path], platform: str) -
       folders: of one trained run each, by name.
       platform: that they are measured on.
     """
-    trained = {name: load_weights(folder) for name, folder in folders.items()}
+    trained = {name: RunFolder(folder).weights() for name, folder in folders.items()}
     made_from: dict[str, Any] = {
         "steps": {name: weights.step for name, weights in trained.items()},
         "platform": platform,
     }
-    noted = read_json_or_empty(workdir / "speed.json")
+    noted = read_json(workdir / "speed.json") or {}
     if not trained or {key: noted.get(key) for key in made_from} == made_from:
         return
     streams = {}
@@ -167,4 +167,4 @@ def measure_generation(workdir: Path, folders: dict[str, Path], platform: str) -
             seconds[name] = min(seconds[name], time.perf_counter() - started)
     rates = {name: _BATCH * _LENGTH / best for name, best in seconds.items()}
     speed = {**made_from, "batch": _BATCH, "generated_per_second": rates}
-    write_whole(workdir / "speed.json", json.dumps(speed, indent=2) + "\n")
+    write_json(workdir / "speed.json", speed)

@@ -1,67 +1,36 @@
-"""The layers of HarmonicRNN, as Flax modules: embeddings, CG-LRU, residual blocks, pooling.
+"""The layers of HarmonicRNN, as Flax modules that read like the papers: embeddings, CG-LRU, residual blocks, pooling.
 
 Shapes: [batch, time, width]. Every initial value follows the paper (arXiv 2510.02401) and De et al. (2402.19427).
+`plain.py` runs these layers as they are written here; `fused.py` makes from them what training and generation run.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from harmonic.config import ModelConfig
-from harmonic.kernels import Pair, cg_lru, gated_gelu, native_step
-from harmonic.kernels.dense import EPSILON, channelwise, dense, normalise, product
-from harmonic.kernels.gates import recurrence
-from harmonic.kernels.reference import add, multiply
+from harmonic.kernels import Pair
+from harmonic.models.harmonic_rnn.config import ModelConfig
 
-_GATE_EXPONENT = 8.0
-
-
-class Dropout(NamedTuple):
-    """What dropout masks are keyed by, so that they do not depend on mesh, segments, batch layout or resumption.
-
-    Attributes:
-      words: [2] uint32, random bits of the run's seed and step.
-      examples: [batch] int32, the number of each row in the global batch.
-      chunk: int32, how many pooling products stand before this piece of the sequence.
-    """
-
-    words: jax.Array
-    examples: jax.Array
-    chunk: jax.Array
-
-
-def _mix(x: jax.Array) -> jax.Array:
-    """A bijection of uint32 that scatters its input's bits (Wellons' lowbias32)."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)
-
-
-def dropout(x: jax.Array, rate: float, rng: Dropout | None, block: jax.Array | int, per_chunk: int) -> jax.Array:
-    """Drops features of x [batch, time, width], where `per_chunk` steps make a pooling product; none without `rng`."""
-    if rng is None or rate == 0:
-        return x
-    batch, time, width = x.shape
-    # A hash of (words, block, example, chunk, place) rather than threefry: the masks are made twice a step, and took
-    # 10 % of the paper model's step and a third of its compile time where they now take 4 %.
-    place = jnp.arange(per_chunk * width, dtype=jnp.uint32)
-    chunks = (rng.chunk + jnp.arange(time // per_chunk)).astype(jnp.uint32)
-    key = _mix(rng.words[0] ^ _mix(rng.words[1] + jnp.asarray(block).astype(jnp.uint32)))
-    key = _mix(key + _mix(rng.examples.astype(jnp.uint32))[:, None])
-    key = _mix(key + _mix(chunks ^ jnp.uint32(0x9E3779B9)))
-    bits = _mix(key[..., None] + _mix(place ^ rng.words[1])).reshape(batch, time, width)
-    keep = bits >= jnp.uint32(round(rate * 2**32))
-    return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+GATE_EXPONENT = 8.0
+Scan = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""(a, x [batch, time, channels], h0 [batch, channels]), complex -> h of h_t = a_t h_{t-1} + x_t, shaped as x."""
+Drop = Callable[[jax.Array, int], jax.Array]
+"""(a branch, 0 for the temporal block's and 1 for the MLP block's) -> the branch after dropout."""
 
 
 def residual_initializer(scale: float):
     """Normal, fan-in, with variance `scale` / fan-in: the smaller, the more residual branches add up on a level."""
     return nnx.initializers.variance_scaling(scale, "fan_in", "normal")
+
+
+def layer_norm(width: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm whose variance is the mean of the squared deviations."""
+    return nnx.LayerNorm(width, use_fast_variance=False, rngs=rngs)
 
 
 class BlockDiagonal(nnx.Module):
@@ -72,15 +41,15 @@ class BlockDiagonal(nnx.Module):
         self.kernel = nnx.Param(initializer(rngs.params(), (blocks, inputs // blocks, outputs // blocks)))
         self.bias = nnx.Param(jnp.zeros((blocks, outputs // blocks)))
 
-    def after(self, kernel: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The one dense layer (kernel, bias) that this one makes behind another."""
-        own, own_bias = self.kernel.get_value(), self.bias.get_value().ravel()
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.product(x)
+        return y + self.bias.get_value().reshape((1,) * (y.ndim - 1) + (-1,))
 
-        def product(x: jax.Array) -> jax.Array:
-            blocks = x.reshape(*x.shape[:-1], own.shape[0], own.shape[1])
-            return jnp.einsum("...ki,kio->...ko", blocks, own).reshape(*x.shape[:-1], -1)
-
-        return product(kernel), product(bias) + own_bias
+    def product(self, x: jax.Array) -> jax.Array:
+        """The layer without its bias."""
+        kernel = self.kernel.get_value()
+        blocks = x.reshape(*x.shape[:-1], *kernel.shape[:2])
+        return jnp.einsum("...ki,kio->...ko", blocks, kernel).reshape(*x.shape[:-1], -1)
 
 
 class CGLRU(nnx.Module):
@@ -103,16 +72,34 @@ class CGLRU(nnx.Module):
         self.angle = nnx.Param(jax.random.uniform(rngs.params(), (channels,), maxval=0.1 * math.pi))
         self.output = nnx.Linear(state, width, rngs=rngs)
 
+    def __call__(self, x: jax.Array, h0: Pair, scan: Scan) -> tuple[jax.Array, Pair]:
+        """x [batch, time, width], h0 [batch, channels] -> (y, h_last)."""
+        u = self.input(x)
+        z = jnp.split(u, 2, axis=-1)
+        i, r = nnx.sigmoid(self.input_gate(u)), nnx.sigmoid(self.recurrence_gate(u))
+        log_a = -GATE_EXPONENT * r * nnx.softplus(self.log_decay.get_value())[None, None]
+        a = jnp.exp(jax.lax.complex(log_a, r * self.angle.get_value()[None, None]))
+        scale = jnp.sqrt(-jnp.expm1(2 * log_a)) * i
+        h = scan(a, jax.lax.complex(scale * z[0], scale * z[1]), jax.lax.complex(*h0))
+        y = self.output(jnp.concatenate([h.real, h.imag], axis=-1))
+        return y, (h[:, -1].real, h[:, -1].imag)
+
 
 class TemporalBlock(nnx.Module):
     """W_last(CG-LRU(LN(x)) * gelu(W_gate LN(x))): the branch, without dropout and the residual sum."""
 
     def __init__(self, config: ModelConfig, residual_scale: float, *, rngs: nnx.Rngs):
         width = config.width
-        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        self.norm = layer_norm(width, rngs)
         self.recurrence = CGLRU(config, rngs=rngs)
         self.gate = nnx.Linear(width, width, rngs=rngs)
         self.last = nnx.Linear(width, width, kernel_init=residual_initializer(residual_scale), rngs=rngs)
+
+    def __call__(self, x: jax.Array, h0: Pair, scan: Scan) -> tuple[jax.Array, Pair]:
+        """(the branch of x [batch, time, width], h_last)."""
+        n = self.norm(x)
+        y, h_last = self.recurrence(n, h0, scan)
+        return self.last(y * nnx.gelu(self.gate(n))), h_last
 
 
 class MLPBlock(nnx.Module):
@@ -120,53 +107,14 @@ class MLPBlock(nnx.Module):
 
     def __init__(self, config: ModelConfig, residual_scale: float, *, rngs: nnx.Rngs):
         width, inner = config.width, 2 * config.width
-        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        self.norm = layer_norm(width, rngs)
         self.up = nnx.Linear(width, inner, rngs=rngs)
         self.gate = nnx.Linear(width, inner, rngs=rngs)
         self.last = nnx.Linear(inner, width, kernel_init=residual_initializer(residual_scale), rngs=rngs)
 
-
-class Dense(NamedTuple):
-    """kernel [inputs, outputs] and bias [outputs]."""
-
-    kernel: jax.Array
-    bias: jax.Array
-
-
-def _linear(layer: nnx.Linear) -> Dense:
-    assert layer.bias is not None
-    return Dense(layer.kernel.get_value(), layer.bias.get_value())
-
-
-def _behind_norm(norm: nnx.LayerNorm, *layers: Dense) -> Dense:
-    """Layers side by side behind one LayerNorm, whose scale and bias go into them: a layer behind `normalise`."""
-    assert norm.scale is not None and norm.bias is not None
-    kernel = jnp.concatenate([layer.kernel for layer in layers], axis=1)
-    bias = jnp.concatenate([layer.bias for layer in layers])
-    return Dense(norm.scale.get_value()[:, None] * kernel, norm.bias.get_value() @ kernel + bias)
-
-
-class BlockWeights(NamedTuple):
-    """A block's parameters as they are multiplied: layers that read the same input lie side by side.
-
-    Attributes:
-      entry: LN(x) to [Re z | Im z | p_i | p_r | gate], the CG-LRU's input, the gates before their sigmoids, and the
-        temporal block's gate before its gelu.
-      decay, theta: [channels], 8 softplus(Lambda) and the angle.
-      read_re, read_im: the CG-LRU's output from Re h (with the bias) and from Im h; generation is slower with one.
-      last: the temporal block's W_last.
-      mlp: LN(x) to [up | gate].
-      mlp_last: the MLP block's W_last.
-    """
-
-    entry: Dense
-    decay: jax.Array
-    theta: jax.Array
-    read_re: Dense
-    read_im: jax.Array
-    last: Dense
-    mlp: Dense
-    mlp_last: Dense
+    def __call__(self, x: jax.Array) -> jax.Array:
+        n = self.norm(x)
+        return self.last(self.up(n) * nnx.gelu(self.gate(n)))
 
 
 class Block(nnx.Module):
@@ -176,98 +124,15 @@ class Block(nnx.Module):
         self.temporal = TemporalBlock(config, residual_scale, rngs=rngs)
         self.mlp = MLPBlock(config, residual_scale, rngs=rngs)
 
-    def fuse(self) -> BlockWeights:
-        """The block's parameters as `run_block` takes them."""
-        temporal, mlp = self.temporal, self.mlp
-        unit = temporal.recurrence
-        entry, output = _linear(unit.input), _linear(unit.output)
-        gates = [Dense(*gate.after(*entry)) for gate in (unit.input_gate, unit.recurrence_gate)]
-        channels = unit.angle.get_value().shape[0]
-        return BlockWeights(
-            entry=_behind_norm(temporal.norm, entry, *gates, _linear(temporal.gate)),
-            decay=_GATE_EXPONENT * nnx.softplus(unit.log_decay.get_value()),
-            theta=unit.angle.get_value(),
-            read_re=Dense(output.kernel[:channels], output.bias),
-            read_im=output.kernel[channels:],
-            last=_linear(temporal.last),
-            mlp=_behind_norm(mlp.norm, _linear(mlp.up), _linear(mlp.gate)),
-            mlp_last=_linear(mlp.last),
-        )
-
-
-def run_block(
-    weights: BlockWeights,
-    x: jax.Array,
-    h0: Pair,
-    *,
-    rate: float = 0.0,
-    rng: Dropout | None = None,
-    number: jax.Array | int = 0,
-    per_chunk: int = 1,
-    axis: str | None = None,
-) -> tuple[jax.Array, Pair]:
-    """x [batch, time, width], h0 [batch, channels] -> (x, h_last); `rate`, `rng`, `number`, `per_chunk` of dropout."""
-    width, inner = x.shape[-1], 4 * weights.theta.shape[0]
-    # Two products instead of one that is cut in two: what a kernel of ours reads must lie by itself.
-    n, (kernel, bias) = normalise(x), weights.entry
-    h, h_last = cg_lru(product(n, kernel[:, :inner]), bias[:inner], weights.decay, weights.theta, h0, axis=axis)
-    read = jnp.concatenate([weights.read_re.kernel, weights.read_im])
-    y, gate = product(h, read), product(n, kernel[:, inner:])
-    branch = dense(gated_gelu(y, weights.read_re.bias, gate, bias[inner:]), *weights.last)
-    x = x + dropout(branch, rate, rng, 2 * number, per_chunk)
-    n, (kernel, bias) = normalise(x), weights.mlp
-    up, gate = product(n, kernel[:, : 2 * width]), product(n, kernel[:, 2 * width :])
-    branch = dense(gated_gelu(up, bias[: 2 * width], gate, bias[2 * width :]), *weights.mlp_last)
-    return x + dropout(branch, rate, rng, 2 * number + 1, per_chunk), h_last
-
-
-def step_stack(stack: jax.Array | list[BlockWeights], x: jax.Array, h: Any) -> tuple[jax.Array, Any]:
-    """The blocks of a stack for one step, x [batch, width].
-
-    Args:
-      stack: packed for machine code (`native_step.pack`), or one by one.
-      h: complex [blocks, batch, channels], or one by one.
-
-    Returns:
-      (x, h), h as it came.
-    """
-    if isinstance(stack, list):
-        h = list(h)
-        for i, block in enumerate(stack):
-            x, h[i] = step_block(block, x, h[i])
-        return x, h
-    return native_step.run(stack, x, h)
-
-
-def step_block(weights: BlockWeights, x: jax.Array, h: Pair) -> tuple[jax.Array, Pair]:
-    """`run_block` for one step, without the axis of time: x [batch, width], h [batch, channels] -> (x, h)."""
-    channels = weights.theta.shape[0]
-    z_re, z_im, p_i, p_r, gate = _split(step_dense(step_normalise(x), weights.entry), (channels,) * 4)
-    a, driven = recurrence((z_re, z_im), (p_i, p_r), weights.decay, weights.theta)
-    h = add(multiply(a, h), driven)
-    y = step_dense(h[0], weights.read_re) + h[1] @ weights.read_im
-    x = x + step_dense(y * nnx.gelu(gate), weights.last)
-    up, gate = _split(step_dense(step_normalise(x), weights.mlp), (2 * x.shape[-1],))
-    return x + step_dense(up * nnx.gelu(gate), weights.mlp_last), h
-
-
-def step_dense(x: jax.Array, weights: Dense) -> jax.Array:
-    """[batch, inputs] -> [batch, outputs]."""
-    return x @ weights.kernel + weights.bias
-
-
-def step_normalise(x: jax.Array) -> jax.Array:
-    """`normalise` of x [batch, width]: of so few rows a sum is faster than a product with ones."""
-    centred = x - x.mean(-1, keepdims=True)
-    return centred * jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + EPSILON)
-
-
-def _split(y: jax.Array, sizes: tuple[int, ...]) -> list[jax.Array]:
-    return jnp.split(y, [sum(sizes[: i + 1]) for i in range(len(sizes))], axis=-1)
+    def __call__(self, x: jax.Array, h0: Pair, scan: Scan, drop: Drop) -> tuple[jax.Array, Pair]:
+        """x [batch, time, width], h0 [batch, channels] -> (x, h_last)."""
+        y, h_last = self.temporal(x, h0, scan)
+        x = x + drop(y, 0)
+        return x + drop(self.mlp(x), 1), h_last
 
 
 class Pool(nnx.Module):
-    """Grouped pooling by a factor f: kernel [f, width / groups, width], its last axis ordered by groups."""
+    """Pooling in feature groups by a factor f: kernel [f, width / groups, width], its last axis ordered by groups."""
 
     def __init__(self, config: ModelConfig, factor: int, initializer, *, rngs: nnx.Rngs):
         group = config.width // config.pool_groups
@@ -275,49 +140,30 @@ class Pool(nnx.Module):
         self.kernel = nnx.Param(initializer(rngs.params(), shape))
         self.bias = nnx.Param(jnp.zeros(config.width))
 
-    def fuse(self, up: bool) -> Dense:
-        """The kernel and bias as `pool_down`, or with `up` `pool_up`, multiplies by them.
+    def down(self, x: jax.Array) -> jax.Array:
+        """[batch, time * f, width] -> [batch, time, width]: a convolution with kernel and stride f."""
+        kernel = self._in_groups()
+        factor, group, groups, _ = kernel.shape
+        x = x.reshape(x.shape[0], -1, factor, groups, group)
+        y = jnp.einsum("btfgi,figo->btgo", x, kernel)
+        return y.reshape(*y.shape[:2], -1) + self.bias.get_value()[None, None]
 
-        Where each feature is pooled alone, the kernel is [f, width]; else it is dense, with zeros between groups:
-        [f * width, width] down, and [width, f * width] up, with a bias for each of its columns.
+    def up(self, v: jax.Array) -> jax.Array:
+        """[batch, time, width] -> [batch, time * f, width]: each pooled step spread over f.
+
+        The input-dilated convolution, whose output s is v[s // f] w[f - 1 - s mod f]; the caller delays it by f - 1,
+        which makes it causal.
         """
-        kernel, bias = self.kernel.get_value(), self.bias.get_value()
+        kernel = self._in_groups()[::-1]
+        _, group, groups, _ = kernel.shape
+        y = jnp.einsum("btgi,figo->btfgo", v.reshape(*v.shape[:2], groups, group), kernel)
+        return y.reshape(y.shape[0], -1, v.shape[-1]) + self.bias.get_value()[None, None]
+
+    def _in_groups(self) -> jax.Array:
+        """The kernel as [f, width / groups, groups, width / groups]."""
+        kernel = self.kernel.get_value()
         factor, group, width = kernel.shape
-        kernel = kernel[::-1] if up else kernel
-        if group == 1:
-            return Dense(kernel[:, 0], bias)
-        groups = width // group
-        blocks = kernel.reshape(factor, 1, group, groups, group) * jnp.eye(groups)[:, None, :, None]
-        blocks = blocks.reshape(factor, width, width).astype(kernel.dtype)
-        if up:
-            return Dense(blocks.swapaxes(0, 1).reshape(width, -1), jnp.tile(bias, factor))
-        return Dense(blocks.reshape(-1, width), bias)
-
-
-def pool_down(weights: Dense, x: jax.Array, factor: int) -> jax.Array:
-    """[batch, time * factor, width] -> [batch, time, width]: a convolution with kernel and stride `factor`."""
-    kernel, bias = weights
-    batch, width = x.shape[0], x.shape[-1]
-    if kernel.shape == (factor, width):
-        first = jnp.zeros_like(kernel).at[0].set(bias)
-        return channelwise(x.reshape(batch, -1, factor, width), kernel, first).sum(2)
-    return dense(x.reshape(batch, -1, factor * width), kernel, bias)
-
-
-def pool_up(weights: Dense, v: jax.Array, factor: int) -> jax.Array:
-    """[batch, time, width] -> [batch, time * factor, width]: each pooled step spread over `factor`.
-
-    The input-dilated convolution, whose output s is v[s // f] w[f - 1 - s mod f]; the caller delays it by f - 1, which
-    makes it causal.
-    """
-    kernel, bias = weights
-    width = v.shape[-1]
-    if kernel.shape == (factor, width):
-        spread = jnp.broadcast_to(v[:, :, None], (*v.shape[:2], factor, width))
-        y = channelwise(spread, kernel, jnp.broadcast_to(bias, kernel.shape))
-    else:
-        y = dense(v, kernel, bias)
-    return y.reshape(v.shape[0], -1, width)
+        return kernel.reshape(factor, group, width // group, group)
 
 
 class SinusoidalEmbedding(nnx.Module):
@@ -329,7 +175,7 @@ class SinusoidalEmbedding(nnx.Module):
     def __call__(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
         half = self.width // 2
         frequencies = jnp.exp(jnp.arange(half, dtype=dtype) * (-math.log(10_000) / half))
-        angles = tokens.astype(dtype)[..., None] * frequencies
+        angles = tokens.astype(dtype)[..., None] * frequencies.reshape((1,) * tokens.ndim + (half,))
         return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
@@ -361,9 +207,8 @@ class Head(nnx.Module):
     """LayerNorm and a dense layer to logits."""
 
     def __init__(self, config: ModelConfig, num_levels: int, *, rngs: nnx.Rngs):
-        self.norm = nnx.LayerNorm(config.width, rngs=rngs)
+        self.norm = layer_norm(config.width, rngs)
         self.dense = nnx.Linear(config.width, num_levels, rngs=rngs)
 
-    def fuse(self) -> Dense:
-        """The layer behind `normalise`."""
-        return _behind_norm(self.norm, _linear(self.dense))
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.dense(self.norm(x))

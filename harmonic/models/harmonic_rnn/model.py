@@ -1,9 +1,9 @@
 """HarmonicRNN (arXiv 2510.02401): a U of residual CG-LRU blocks with causal pooling between its levels.
 
     model = HarmonicRNN(ModelConfig())
-    params = model.init(jax.random.key(0))
-    logits, state = model.apply(params, {"tokens": tokens}, model.init_state(batch))   # a segment, in parallel
-    logits, state = model.step(params, {}, state)                                      # one sample
+    weights = model.prepare(model.init(jax.random.key(0)))
+    logits, state = model.apply(weights, {"tokens": tokens}, model.init_state(batch))   # a segment, in parallel
+    logits, state = model.step(weights, {}, state)                                      # one sample
 
 A segment is a whole number of pooling products long and starts from any state at such a boundary, so that everything
 long is `apply` scanned over segments. `apply` sees the tokens that it predicts, shifted by one: its logits at t depend
@@ -12,6 +12,7 @@ on tokens before t alone. Training is generation: both calls give the same logit
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,26 +21,28 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from harmonic.config import ModelConfig
-from harmonic.kernels import Pair, native_step
+from harmonic import kernels
+from harmonic.errors import check
+from harmonic.kernels import Pair
 from harmonic.kernels.context_parallel import left_halo
-from harmonic.kernels.dense import platform
-from harmonic.models.harmonic_rnn import layers
-from harmonic.models.harmonic_rnn.layers import Dropout
-
-Params = dict[str, Any]
-Inputs = dict[str, jax.Array]
-
-__all__ = ["Dropout", "HarmonicRNN", "Params", "State", "Weights"]
+from harmonic.kernels.dense import dense, normalise
+from harmonic.kernels.plain_step import Dense, step_dense, step_normalise
+from harmonic.models import base
+from harmonic.models.base import Inputs, Params
+from harmonic.models.costs import Costs
+from harmonic.models.dropout import Dropout, dropout
+from harmonic.models.harmonic_rnn import fused, layers
+from harmonic.models.harmonic_rnn.config import ModelConfig
+from harmonic.models.harmonic_rnn.costs import costs
 
 
 class State(NamedTuple):
-    """All that the past leaves behind; the same for segments and for single samples.
+    """All that is kept of the past; the same for segments and for single samples.
 
     Attributes:
       position: int32, samples since the last pooling boundary: 0 before and after a segment.
       last: [batch, channels] int32, the newest token.
-      hidden: complex [blocks, batch, state_width / 2]; unstacked, by stack, as `layers.step_stack` takes it.
+      hidden: complex [blocks, batch, state_width / 2]; in the sampler's loop, by stack, as the kernel takes it.
       pending: for each pooling, [batch, f - 1, width]: outputs of the up-pool that are due at positions 0 .. f - 2.
       collected: for each pooling, [batch, f - 1, width]: inputs of the down-pool seen so far; zeros at a boundary.
     """
@@ -52,18 +55,18 @@ class State(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Parameters as they are multiplied; `HarmonicRNN.fuse` makes them.
+    """Parameters as they are multiplied; `HarmonicRNN.prepare` makes them.
 
     Attributes:
-      embedding: its parameters; unstacked, the table [num_levels, width] of what it gives for each token.
+      embedding: its parameters; for the sampler, the table [num_levels, width] of what it gives for each token.
       head: the layer to logits, behind `normalise`.
       pools: by name, `down_pool_0`, ...
-      blocks: along a leading axis; unstacked, by stack, as `layers.step_stack` takes them.
+      blocks: along a leading axis; for the sampler, by stack, as the kernel takes them.
     """
 
     embedding: Any
-    head: layers.Dense
-    pools: dict[str, layers.Dense]
+    head: Dense
+    pools: dict[str, Dense]
     blocks: Any
 
 
@@ -89,8 +92,8 @@ class _Part:
         return nnx.merge(self._graph, params)
 
 
-class _Stack(NamedTuple):
-    """Blocks that run one behind the other at one rate.
+class Stack(NamedTuple):
+    """Blocks that run one after the other at one rate.
 
     Attributes:
       first, blocks: the number of the first, and how many.
@@ -104,87 +107,65 @@ class _Stack(NamedTuple):
     stride: int
 
 
-class HarmonicRNN:
-    """The model's functions over a plain dict of parameters. Stateless and cheap to make.
+class HarmonicRNN(base.Model):
+    """The model's functions over a plain dict of parameters; the methods are those of `base.Model`.
 
     Attributes:
-      config: its sizes.
-      num_levels: levels of a token, and logits a sample.
-      channels: audio channels; one.
-      multiple: segments are multiples of this many samples (the pooling product).
+      stacks: the U as a row of stacks, from the way down to the way up: `down_0`, ..., `inner`, ..., `up_0`.
+      num_blocks: of all stacks; a block's number is its place in this row.
     """
+
+    config: ModelConfig
 
     def __init__(self, config: ModelConfig, num_levels: int = 256, channels: int = 1):
         if channels != 1:
             raise ValueError(f"HarmonicRNN models one channel, got {channels}")
-        self.config, self.num_levels, self.channels = config, num_levels, channels
-        self.multiple = config.pooling_product
+        names = kernels.IMPLEMENTATIONS
+        check(config.kernel in names, "model.kernel", config.kernel, f"one of {', '.join(names)}")
+        super().__init__(config, num_levels, channels)
+        self.random = config.dropout > 0 or config.embedding_dropout > 0
         factors, blocks = config.pool_factors, config.level_blocks
-        self._embedding = _Part(lambda rngs: layers.EMBEDDINGS[config.embedding](config, num_levels, rngs=rngs))
-        self._head = _Part(lambda rngs: layers.Head(config, num_levels, rngs=rngs))
-        # Each level adds its residual branches and its skip connection: the scale of what is added falls with them.
+        self.embedding = _Part(lambda rngs: layers.EMBEDDINGS[config.embedding](config, num_levels, rngs=rngs))
+        self.head = _Part(lambda rngs: layers.Head(config, num_levels, rngs=rngs))
+        # Each level adds its residual branches and its skip connection: the more there are, the smaller each begins.
         scales = [1 / (4 * n + 1) for n in blocks[:-1]] + [1 / (2 * blocks[-1])]
-        self._pools = {}
+        self.pools = {}
         for level, factor in enumerate(factors):
-            self._pools[f"down_pool_{level}"] = self._pool(factor, nnx.initializers.lecun_normal())
-            self._pools[f"up_pool_{level}"] = self._pool(factor, layers.residual_initializer(scales[level]))
-        # The U as a row of stacks, from the way down to the way up; a block's number is its place in this row.
+            self.pools[f"down_pool_{level}"] = self._pool(factor, nnx.initializers.lecun_normal())
+            self.pools[f"up_pool_{level}"] = self._pool(factor, layers.residual_initializer(scales[level]))
         down = [(f"down_{level}", level) for level in range(len(factors))]
         up = [(f"up_{level}", level) for level in reversed(range(len(factors)))]
-        first, self._stacks = 0, dict[str, _Stack]()
+        first, self.stacks = 0, dict[str, Stack]()
         for name, level in [*down, ("inner", len(factors)), *up]:
-            self._stacks[name] = _Stack(first, blocks[level], scales[level], math.prod(factors[:level]))
+            self.stacks[name] = Stack(first, blocks[level], scales[level], math.prod(factors[:level]))
             first += blocks[level]
         self.num_blocks = first
-        self._block = _Part(lambda rngs: layers.Block(config, 1.0, rngs=rngs))
+        self.block = _Part(lambda rngs: layers.Block(config, 1.0, rngs=rngs))
 
     def _pool(self, factor: int, initializer: Callable[..., jax.Array]) -> _Part:
         return _Part(lambda rngs: layers.Pool(self.config, factor, initializer, rngs=rngs))
 
     def init(self, key: jax.Array) -> Params:
-        """Fresh float32 parameters; all blocks lie along a leading axis, as one stack of `num_blocks`."""
-        parts = {"embedding": self._embedding, "head": self._head, **self._pools}
+        """Fresh float32 parameters; all blocks are stacked along a leading axis, as one stack of `num_blocks`."""
+        parts = {"embedding": self.embedding, "head": self.head, **self.pools}
         params = {name: part.init(jax.random.fold_in(key, i)) for i, (name, part) in enumerate(parts.items())}
-        blocks = jax.vmap(self._block.init)(jax.random.split(jax.random.fold_in(key, len(parts)), self.num_blocks))
-        scales = jnp.concatenate([jnp.full(stack.blocks, stack.scale) for stack in self._stacks.values()])
+        blocks = jax.vmap(self.block.init)(jax.random.split(jax.random.fold_in(key, len(parts)), self.num_blocks))
+        scales = jnp.concatenate([jnp.full(stack.blocks, stack.scale) for stack in self.stacks.values()])
         for branch in ("temporal", "mlp"):
             last = blocks[branch]["last"]
             last["kernel"] = last["kernel"] * jnp.sqrt(scales)[:, None, None]
         return {**params, "blocks": blocks}
 
-    def fuse(self, params: Params | Weights) -> Weights:
-        """Layers that read the same input side by side, LayerNorms and gates within them.
-
-        `apply` and `step` do it for whoever does not; it pays to do it once for many calls.
-        """
-        if isinstance(params, Weights):
-            return params
+    def prepare(self, params: Params) -> Weights:
+        """Layers that read the same input as one matrix, LayerNorms and gates folded into it."""
         return Weights(
             embedding=params["embedding"],
-            head=self._head.bind(params["head"]).fuse(),
-            pools={name: part.bind(params[name]).fuse(up="up" in name) for name, part in self._pools.items()},
-            blocks=jax.vmap(lambda block: self._block.bind(block).fuse())(params["blocks"]),
+            head=fused.fuse_head(self.head.bind(params["head"])),
+            pools={
+                name: fused.fuse_pool(part.bind(params[name]), up="up" in name) for name, part in self.pools.items()
+            },
+            blocks=jax.vmap(lambda block: fused.fuse_block(self.block.bind(block)))(params["blocks"]),
         )
-
-    def has_native_step(self, dtype: jnp.dtype) -> bool:
-        """Whether `step` runs machine code of ours on weights and states of this type."""
-        sizes = self.config.width, self.config.state_width // 2
-        return platform() == "cpu" and native_step.fits(*sizes, dtype)
-
-    def unstack(self, params: Params | Weights) -> Weights:
-        """Weights as `step` wants them inside a loop, so that the loop need not arrange them for every sample: blocks
-        by stack, packed for machine code or one by one, and the embedding as a table."""
-        weights = self.fuse(params)
-        if isinstance(weights.blocks, dict):
-            return weights
-        arrange = native_step.pack if self.has_native_step(weights.head.kernel.dtype) else self._one_by_one
-        blocks = {name: arrange(stack) for name, stack in self._cut(weights.blocks).items()}
-        table = self._embed(weights, jnp.arange(self.num_levels)[:, None, None], None)[:, 0]
-        return weights._replace(blocks=blocks, embedding=table)
-
-    @staticmethod
-    def _one_by_one(stack: Any) -> list[Any]:
-        return [jax.tree.map(lambda v, i=i: v[i], stack) for i in range(len(jax.tree.leaves(stack)[0]))]
 
     def init_state(self, batch: int, dtype: jnp.dtype = jnp.float32) -> State:
         """The state before a recording: no past, and the middle token (128 of 256) for the newest."""
@@ -199,36 +180,14 @@ class HarmonicRNN:
             collected=edges,
         )
 
-    def state_bytes(self, batch: int = 1) -> int:
-        """Bytes of a state: constant in the length of the past."""
-        state = jax.eval_shape(lambda: self.init_state(batch))
-        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-
     def apply(
-        self,
-        params: Params | Weights,
-        inputs: Inputs,
-        state: State,
-        *,
-        rng: Dropout | None = None,
-        axis: str | None = None,
+        self, weights: Weights, inputs: Inputs, state: State, *, rng: Dropout | None = None, axis: str | None = None
     ) -> tuple[jax.Array, State]:
-        """Logits of a segment.
-
-        Args:
-          params: as `init`, or `fuse`, gives them.
-          inputs: `tokens` [batch, time, channels], the tokens to predict; time a multiple of `multiple`.
-          state: at a pooling boundary.
-          rng: of dropout; without it there is none.
-          axis: inside `jax.shard_map`, the mesh axis over which time is cut.
-
-        Returns:
-          (logits [batch, time, channels, num_levels], state after the segment).
+        """Logits [batch, time, channels, num_levels] of a segment, and the state after it; as `base.Model.apply`.
 
         Raises:
           ValueError: a length that pooling does not divide.
         """
-        weights = self.fuse(params)
         tokens = inputs["tokens"].astype(jnp.int32)
         time = tokens.shape[1]
         if time == 0 or time % self.multiple:
@@ -239,163 +198,161 @@ class HarmonicRNN:
             rng = rng._replace(chunk=rng.chunk + jax.lax.axis_index(axis) * (time // self.multiple))
         x = self._embed(weights, tokens, rng)
         x = x.astype(jnp.bfloat16) if self.config.activations == "bfloat16" else x
-        stacks = self._cut((weights.blocks, state.hidden))
+        stacks = self.cut((weights.blocks, state.hidden))
         hidden: dict[str, Pair] = {}
         pending: list[jax.Array] = []
         skips = []
-        for level in range(len(self.config.pool_factors)):
+        for level, factor in enumerate(self.config.pool_factors):
             x, hidden[f"down_{level}"] = self._run(f"down_{level}", x, stacks, rng, axis)
             skips.append(x)
-            x = layers.pool_down(weights.pools[f"down_pool_{level}"], x, self.config.pool_factors[level])
+            x = fused.pool_down(weights.pools[f"down_pool_{level}"], x, factor)
         x, hidden["inner"] = self._run("inner", x, stacks, rng, axis)
-        for level in reversed(range(len(self.config.pool_factors))):
-            factor = self.config.pool_factors[level]
-            raw = layers.pool_up(weights.pools[f"up_pool_{level}"], x, factor)
+        for level, factor in reversed(list(enumerate(self.config.pool_factors))):
+            raw = fused.pool_up(weights.pools[f"up_pool_{level}"], x, factor)
             edge = factor - 1
             due, carry = left_halo(raw[:, -edge:].astype(state.pending[level].dtype), state.pending[level], axis)
             pending.insert(0, carry)
             x = jnp.concatenate([due.astype(raw.dtype), raw[:, :-edge]], axis=1) + skips[level]
             x, hidden[f"up_{level}"] = self._run(f"up_{level}", x, stacks, rng, axis)
-        joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(hidden[name] for name in self._stacks))
-        return self._logits(weights, x), State(state.position, last, joined, tuple(pending), state.collected)
+        logits = dense(normalise(x.astype(weights.head.kernel.dtype)), *weights.head)[:, :, None]
+        return logits, State(state.position, last, self.join(hidden), tuple(pending), state.collected)
 
-    def _cut(self, tree: Any) -> dict[str, Any]:
+    def cut(self, tree: Any) -> dict[str, Any]:
         """Arrays over all blocks, cut into the stacks. The transpose of a split is one concatenation."""
         leaves, treedef = jax.tree.flatten(tree)
-        sizes = [stack.blocks for stack in self._stacks.values()]
+        sizes = [stack.blocks for stack in self.stacks.values()]
         pieces = [jax.lax.split(leaf, sizes) for leaf in leaves]
-        return {name: jax.tree.unflatten(treedef, [p[i] for p in pieces]) for i, name in enumerate(self._stacks)}
+        return {name: jax.tree.unflatten(treedef, [p[i] for p in pieces]) for i, name in enumerate(self.stacks)}
+
+    def join(self, stacks: dict[str, Any]) -> Any:
+        """Undoes `cut`."""
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *(stacks[name] for name in self.stacks))
 
     def _run(self, name: str, x: jax.Array, stacks: dict[str, Any], rng: Dropout | None, axis: str | None):
-        stack = self._stacks[name]
+        stack, config = self.stacks[name], self.config
 
         # Only the input of each block is kept for the backward pass.
         @jax.checkpoint
         def body(x, scanned):
             (block, h0), number = scanned
             per_chunk = self.multiple // stack.stride
-            return layers.run_block(
-                block, x, h0, rate=self.config.dropout, rng=rng, number=number, per_chunk=per_chunk, axis=axis
-            )
+            return fused.run_block(
+                block, x, h0, kernel=config.kernel, rate=config.dropout, rng=rng, number=number, per_chunk=per_chunk,
+                axis=axis,
+            )  # fmt: skip
 
         return jax.lax.scan(body, x, (stacks[name], stack.first + jnp.arange(stack.blocks)))
 
     def _embed(self, weights: Weights, tokens: jax.Array, rng: Dropout | None) -> jax.Array:
-        x = self._embedding.bind(weights.embedding)(tokens[..., 0], weights.head.kernel.dtype)
-        return layers.dropout(x, self.config.embedding_dropout, rng, 2 * self.num_blocks, self.multiple)
+        x = self.embedding.bind(weights.embedding)(tokens[..., 0], weights.head.kernel.dtype)
+        return dropout(x, self.config.embedding_dropout, rng, 2 * self.num_blocks, self.multiple)
 
-    def _logits(self, weights: Weights, x: jax.Array) -> jax.Array:
-        x = x.astype(weights.head.kernel.dtype)
-        return layers.dense(layers.normalise(x), *weights.head)[:, :, None]
-
-    def step(self, params: Params | Weights, inputs: Inputs, state: State) -> tuple[jax.Array, State]:
-        """Logits of the next sample.
+    def step(self, weights: Weights, inputs: Inputs, state: State) -> tuple[jax.Array, State]:
+        """Logits [batch, 1, channels, num_levels] of the next sample, and the state; as `base.Model.step`.
 
         Levels run at their own rates: an inner one only when its down-pool is complete.
-
-        Args:
-          params: as `init`, `fuse` or `unstack` gives them.
-          inputs: whatever conditions the model; nothing here.
-          state: at any position, its `last` the newest token.
-
-        Returns:
-          (logits [batch, 1, channels, num_levels], state; its `last` is for the caller to set, by `observe`).
         """
-        weights = self.unstack(params)
+        sampler = self.sampler()
+        if not isinstance(weights.blocks, dict):
+            weights = sampler.arrange(weights)
         if not isinstance(state.hidden, dict):
-            logits, state = self.step(weights, inputs, self.unstack_state(state))
-            return logits, self.stack_state(state)
+            logits, state = self.step(weights, inputs, sampler.enter(state))
+            return logits, sampler.leave(state)
         factors, hidden = self.config.pool_factors, state.hidden
+        blocks = sampler.blocks(weights.head.kernel.dtype)
 
         def run(name: str, x: jax.Array, inside: _Inside) -> tuple[jax.Array, Any]:
-            return layers.step_stack(weights.blocks[name], x, inside.hidden[name])
+            return blocks.run(weights.blocks[name], x, inside.hidden[name])
 
         def descend(level: int, x: jax.Array, inside: _Inside) -> tuple[jax.Array, _Inside]:
             """The levels from `level` inwards, which see nothing of the ones around them."""
             if level == len(factors):
-                x, hidden = run("inner", x, inside)
-                return x, inside._replace(hidden={"inner": hidden})
-            ends = down, up = f"down_{level}", f"up_{level}"
+                x, inner = run("inner", x, inside)
+                return x, inside._replace(hidden={"inner": inner})
+            down, up = f"down_{level}", f"up_{level}"
             x, before = run(down, x, inside)
             factor = factors[level]
             place = (state.position // math.prod(factors[:level])) % factor
-            hidden = {name: h for name, h in inside.hidden.items() if name not in ends}
-            within = _Inside(hidden, inside.pending[1:], inside.collected[1:])
-            kept = pending, collected, within = inside.pending[0], inside.collected[0], within
             complete = place == factor - 1
+            pending, collected = inside.pending[0], inside.collected[0]
+            deeper = _Inside(
+                {name: h for name, h in inside.hidden.items() if name not in (down, up)},
+                inside.pending[1:],
+                inside.collected[1:],
+            )
             due = jax.lax.dynamic_index_in_dim(pending, jnp.minimum(place, factor - 2), 1, keepdims=False)
 
-            def turn(_: Any, carry: Any):
-                _, (_, collected, within) = carry
+            def turn(_: Any, carry: Any) -> Any:
+                _, (_, collected, deeper) = carry
                 window = jnp.concatenate([collected, x[:, None]], axis=1)
-                pooled = layers.pool_down(weights.pools[f"down_pool_{level}"], window, factor)[:, 0]
-                inner, within = descend(level + 1, pooled, within)
-                raw = layers.pool_up(weights.pools[f"up_pool_{level}"], inner[:, None], factor)
-                return raw[:, 0], (raw[:, 1:], jnp.zeros_like(collected), within)
+                pooled = fused.pool_down(weights.pools[f"down_pool_{level}"], window, factor)[:, 0]
+                inner, deeper = descend(level + 1, pooled, deeper)
+                raw = fused.pool_up(weights.pools[f"up_pool_{level}"], inner[:, None], factor)
+                return raw[:, 0], (raw[:, 1:], jnp.zeros_like(collected), deeper)
 
-            # One round or none: what a conditional lets pass through, it copies.
-            due, kept = jax.lax.fori_loop(0, complete.astype(jnp.int32), turn, (due, kept))
-            pending, collected, within = kept
+            # A loop of 0 or 1 trips instead of lax.cond: XLA copies a cond's pass-through operands, but updates a
+            # loop's carry in place.
+            carry = due, (pending, collected, deeper)
+            due, (pending, collected, deeper) = jax.lax.fori_loop(0, complete.astype(jnp.int32), turn, carry)
             newest = jnp.where(complete, jnp.zeros_like(x), x)
             collected = jax.lax.dynamic_update_index_in_dim(collected, newest, jnp.minimum(place, factor - 2), 1)
             x, after = run(up, x + due, inside)
-            hidden = {down: before, **within.hidden, up: after}
-            return x, _Inside(hidden, (pending, *within.pending), (collected, *within.collected))
+            found = {down: before, **deeper.hidden, up: after}
+            return x, _Inside(found, (pending, *deeper.pending), (collected, *deeper.collected))
 
         x = weights.embedding[state.last[:, 0]]
         x, inside = descend(0, x, _Inside(hidden, state.pending, state.collected))
         position = (state.position + 1) % self.multiple
-        logits = layers.step_dense(layers.step_normalise(x), weights.head)
+        logits = step_dense(step_normalise(x), weights.head)
         return logits[:, None, None], State(position, state.last, *inside)
-
-    def unstack_state(self, state: State) -> State:
-        """The state with `hidden` by stack: what `step` wants inside a loop, as it does unstacked weights."""
-        stacks = self._cut(state.hidden)
-        if not self.has_native_step(state.hidden[0].dtype):
-            stacks = {name: self._one_by_one(stack) for name, stack in stacks.items()}
-        return state._replace(hidden=stacks)
-
-    def stack_state(self, state: State) -> State:
-        """Undoes `unstack_state`."""
-        hidden = [state.hidden[name] for name in self._stacks]
-        if isinstance(hidden[0], list):
-            hidden = [jax.tree.map(lambda *blocks: jnp.stack(blocks), *stack) for stack in hidden]
-        return state._replace(hidden=jax.tree.map(lambda *stacks: jnp.concatenate(stacks), *hidden))
 
     def observe(self, state: State, tokens: jax.Array) -> State:
         """The state once the sample that `step` predicted is known: tokens [batch, channels]."""
         return state._replace(last=tokens.astype(jnp.int32))
 
-    def log_prob(self, outputs: jax.Array, tokens: jax.Array) -> jax.Array:
-        """Log-likelihood in nats, [batch, time], of tokens [batch, time, channels] under logits."""
-        tokens = tokens.astype(jnp.int32)[..., None]
-        chosen = jnp.take_along_axis(outputs, tokens, axis=-1)[..., 0]
-        return (chosen - jax.nn.logsumexp(outputs, axis=-1)).sum(-1)
+    def sampler(self) -> Sampler:
+        """With the blocks arranged for the step's kernel."""
+        return Sampler(self)
 
-    def sample(
-        self, outputs: jax.Array, uniform: jax.Array, *, temperature: float = 1.0, top_p: float = 1.0
-    ) -> jax.Array:
-        """Draws tokens by inverting the cumulative distribution.
+    def costs(self, segments: int = 1) -> Costs:
+        """As `harmonic_rnn.costs.costs`."""
+        return costs(self.config, self.num_levels, jax.eval_shape(self.init, jax.random.key(0)), segments)
 
-        Args:
-          outputs: logits [batch, 1, channels, num_levels].
-          uniform: [batch, channels] in [0, 1).
-          temperature: logits are divided by it.
-          top_p: keeps the smallest set of tokens whose probabilities reach it (Holtzman et al. 1904.09751).
 
-        Returns:
-          int32 tokens [batch, channels].
-        """
-        probabilities = jax.nn.softmax(outputs[:, 0] / temperature, axis=-1)
-        if top_p < 1:
-            # Ties and the order of tokens are settled by a stable sort; a token stays while less than top_p lies above.
-            order = jnp.argsort(-probabilities, axis=-1, stable=True)
-            ranked = jnp.take_along_axis(probabilities, order, axis=-1)
-            ranked = jnp.where(jnp.cumsum(ranked, axis=-1) - ranked < top_p, ranked, 0)
-            rank = jnp.argsort(order, axis=-1)
-            probabilities = jnp.take_along_axis(ranked, rank, axis=-1)
-        cumulative = jnp.cumsum(probabilities, axis=-1)
-        threshold = uniform[..., None] * cumulative[..., -1:]
-        token = (cumulative <= threshold).sum(-1)
-        # Rounding may put the threshold at the very end: the token that reached it then stands for it.
-        return jnp.minimum(token, (cumulative < cumulative[..., -1:]).sum(-1)).astype(jnp.int32)
+class Sampler(base.Sampler):
+    """Weights and states by stack, as the kernel for a single sample takes them."""
+
+    model: HarmonicRNN
+
+    def blocks(self, dtype: jnp.dtype) -> kernels.BlockStep:
+        """The kernel that runs a stack of blocks for one sample."""
+        config = self.model.config
+        return kernels.block_step(config.width, config.state_width // 2, dtype, implementation=config.kernel)
+
+    def prepare(self, params: Params) -> Weights:
+        """Weights as the loop reads them; made once."""
+        return self.arrange(self.model.prepare(params))
+
+    def arrange(self, weights: Weights) -> Weights:
+        """What `HarmonicRNN.prepare` gives, with blocks packed by stack and the embedding as a table."""
+        model, blocks = self.model, self.blocks(weights.head.kernel.dtype)
+        packed = {name: blocks.pack(stack) for name, stack in model.cut(weights.blocks).items()}
+        table = model._embed(weights, jnp.arange(model.num_levels)[:, None, None], None)[:, 0]
+        return weights._replace(blocks=packed, embedding=table)
+
+    def enter(self, state: State) -> State:
+        """The state with `hidden` by stack."""
+        blocks = self.blocks(state.hidden[0].dtype)
+        return state._replace(hidden={name: blocks.unstack(h) for name, h in self.model.cut(state.hidden).items()})
+
+    def leave(self, carry: State) -> State:
+        """Undoes `enter`."""
+        blocks = self.blocks(jax.tree.leaves(carry.hidden)[0].dtype)
+        return carry._replace(hidden=self.model.join({name: blocks.stack(h) for name, h in carry.hidden.items()}))
+
+    def helper(self, weights: Weights) -> contextlib.AbstractContextManager[Any]:
+        """Lets an idle core do half of another's work, where the kernel can share it."""
+        return self.blocks(weights.head.kernel.dtype).helper()
+
+
+make = HarmonicRNN

@@ -1,0 +1,1 @@
+"""Kernels for CPUs as machine code, generated with LLVM and called by XLA."""

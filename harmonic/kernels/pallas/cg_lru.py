@@ -1,0 +1,56 @@
+"""The CG-LRU in the Pallas scan: its gates are computed row by row, in operations that Triton and Mosaic both lower."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from harmonic.kernels.arithmetic import Gates, Pair
+from harmonic.kernels.dense import add_bias
+from harmonic.kernels.gates import JaxMath
+from harmonic.kernels.pallas import scan
+
+
+class RowMath(JaxMath):
+    """`arithmetic.Math` for rows inside a kernel."""
+
+    def expm1(self, y: jax.Array) -> jax.Array:
+        return jnp.tanh(0.5 * y) * (1 + jnp.exp(y))  # without cancellation; Mosaic has no expm1
+
+    def sincos(self, angle: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.sin(angle), jnp.cos(angle)
+
+
+_MATH = RowMath()
+
+
+def coefficients(inputs: scan.Rows, parameters: scan.Rows) -> tuple[Pair, Pair, scan.Pull]:
+    """The gates for the scan (`arithmetic.Gates`).
+
+    Args:
+      inputs: rows of (Re z, Im z, p_i, p_r).
+      parameters: rows of (decay, theta).
+    """
+    z_re, z_im, p_i, p_r = inputs
+    gates = Gates.compute(_MATH, (z_re, z_im), p_i, p_r, *parameters)
+
+    def pull(da: Pair, dx: Pair) -> tuple[scan.Rows, scan.Rows]:
+        gradients = gates.gradients(_MATH, da, dx)
+        return gradients[:4], gradients[4:]
+
+    return gates.a, gates.x, pull
+
+
+def cg_lru(
+    tile: scan.Tile,
+    u: jax.Array,
+    bias: jax.Array,
+    decay: jax.Array,
+    theta: jax.Array,
+    h0: Pair,
+    axis: str | None = None,
+) -> tuple[jax.Array, Pair]:
+    """`kernels.cg_lru` on the platform of `tile`."""
+    inputs = tuple(jnp.split(add_bias(u, bias), 4, axis=-1))
+    h, h_last = scan.scan(coefficients, tile, axis, inputs, (decay, theta), h0)
+    return jnp.concatenate(h, axis=-1), h_last

@@ -1,0 +1,40 @@
+"""Tokens as a categorical distribution given by logits: their likelihood, and draws."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def log_prob(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Log-likelihood in nats, [batch, time], of tokens [batch, time, channels] under logits [..., num_levels]."""
+    tokens = tokens.astype(jnp.int32)[..., None]
+    chosen = jnp.take_along_axis(logits, tokens, axis=-1)[..., 0]
+    return (chosen - jax.nn.logsumexp(logits, axis=-1)).sum(-1)
+
+
+def sample(logits: jax.Array, uniform: jax.Array, *, temperature: float = 1.0, top_p: float = 1.0) -> jax.Array:
+    """Draws tokens by inverting the cumulative distribution.
+
+    Args:
+      logits: [batch, 1, channels, num_levels].
+      uniform: [batch, channels] in [0, 1).
+      temperature: logits are divided by it.
+      top_p: keeps the smallest set of tokens whose probabilities reach it (Holtzman et al. 1904.09751).
+
+    Returns:
+      int32 tokens [batch, channels].
+    """
+    probabilities = jax.nn.softmax(logits[:, 0] / temperature, axis=-1)
+    if top_p < 1:
+        # A stable sort settles ties and keeps the order of tokens; a token stays if less than top_p ranks above it.
+        order = jnp.argsort(-probabilities, axis=-1, stable=True)
+        ranked = jnp.take_along_axis(probabilities, order, axis=-1)
+        ranked = jnp.where(jnp.cumsum(ranked, axis=-1) - ranked < top_p, ranked, 0)
+        rank = jnp.argsort(order, axis=-1)
+        probabilities = jnp.take_along_axis(ranked, rank, axis=-1)
+    cumulative = jnp.cumsum(probabilities, axis=-1)
+    threshold = uniform[..., None] * cumulative[..., -1:]
+    token = (cumulative <= threshold).sum(-1)
+    # Rounding may put the threshold at the very end: then the token that reached the end is taken.
+    return jnp.minimum(token, (cumulative < cumulative[..., -1:]).sum(-1)).astype(jnp.int32)

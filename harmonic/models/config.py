@@ -1,0 +1,75 @@
+"""What the configs of all model kinds share."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+
+@dataclasses.dataclass(frozen=True)
+class About:
+    """What a kind is called, and where it is published.
+
+    Attributes:
+      name: for people to read, as in a model card.
+      summary: what it is, in words that follow "HarmonicRNN is".
+      arxiv: its paper's number there; empty for a model without one.
+    """
+
+    name: str
+    summary: str
+    arxiv: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A model's sizes. Each kind's config.py derives its own `ModelConfig`, and checks the values when it is made.
+
+    Attributes:
+      kind: the model's folder in harmonic/models.
+    """
+
+    kind: str = ""
+    about: ClassVar[About]
+    # Fields that decide neither the parameters nor, but for rounding, what is computed: a run may change them.
+    free: ClassVar[tuple[str, ...]] = ()
+    # Fields that decide no parameter: weights may be read with others.
+    not_in_architecture: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def multiple(self) -> int:
+        """Samples of which every segment is a whole multiple."""
+        return 1
+
+    @property
+    def dtype(self) -> str:
+        """The type of what the parallel forward keeps between layers: float32 or bfloat16."""
+        return "float32"
+
+    def architecture(self) -> dict[str, Any]:
+        """What decides the names, shapes and meaning of the parameters, in JSON's types."""
+        fields = {name: getattr(self, name) for name in (f.name for f in dataclasses.fields(self))}
+        left_out = (*self.free, *self.not_in_architecture)
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in fields.items()
+            if name not in left_out
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Reduced:
+    """A model for two CPU cores.
+
+    Attributes:
+      config: its sizes.
+      trained_per_minute: samples that such a machine trains it on in a minute.
+    """
+
+    config: ModelConfig
+    trained_per_minute: int
+
+    def source(self) -> str:
+        """The config's fields as Python writes them in a call, without those at their defaults."""
+        fields = ((field, getattr(self.config, field.name)) for field in dataclasses.fields(self.config))
+        return ", ".join(f"{field.name}={value!r}" for field, value in fields if value != field.default)

@@ -1,0 +1,101 @@
+"""HarmonicRNN's sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar, Literal
+
+from harmonic.errors import check
+from harmonic.models import config
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(config.ModelConfig):
+    """HarmonicRNN's sizes. Defaults are the paper's baseline (7,272,704 parameters).
+
+    Attributes:
+      kind: harmonic_rnn.
+      width: features of the residual stream.
+      state_width: real numbers in a CG-LRU state: half as many complex channels.
+      pool_factors: pooling factors from the outermost level to the innermost; () for none.
+      blocks_per_level: temporal blocks (each with its MLP block) down and again up a level, and within the innermost;
+        one number for all, or one a level, from the outermost to the innermost.
+      pool_groups: feature groups of the pooling convolutions: `width` is diagonal, 1 is dense.
+      gate_blocks: blocks of the block-diagonal gates.
+      embedding: how tokens enter: sinusoidal (fixed), linear (scaled to [-1, 1) and projected) or learned (a table).
+      embedding_dropout: probability that a feature of the embedding is dropped (the paper tries it on the table).
+      dropout: probability that a feature of a residual branch is dropped.
+      activations: type of what the parallel forward and its gradient keep between layers; parameters, states, norms and
+        logits are float32 in any case, and so is generation.
+      kernel: implementation of the recurrence, to compare one with another: a name of `kernels.IMPLEMENTATIONS`; auto
+        picks by platform.
+    """
+
+    about: ClassVar[config.About] = config.About(
+        "HarmonicRNN", "a deep linear RNN that generates raw audio sample by sample", "2510.02401"
+    )
+    free: ClassVar[tuple[str, ...]] = ("kernel",)
+    not_in_architecture: ClassVar[tuple[str, ...]] = ("dropout", "embedding_dropout")
+
+    kind: Literal["harmonic_rnn"] = "harmonic_rnn"
+
+    width: int = 128
+    state_width: int = 256
+    pool_factors: tuple[int, ...] = (2, 4, 4, 5)
+    blocks_per_level: int | tuple[int, ...] = 4
+    pool_groups: int = 128
+    gate_blocks: int = 32
+    embedding: Literal["sinusoidal", "linear", "learned"] = "sinusoidal"
+    embedding_dropout: float = 0.0
+    dropout: float = 0.2
+    activations: Literal["float32", "bfloat16"] = "float32"
+    kernel: str = "auto"
+
+    def __post_init__(self) -> None:
+        w, s = self.width, self.state_width
+        check(w >= 2 and w % 2 == 0, "model.width", w, "an even number from 2 on")
+        check(s >= 2 and s % 2 == 0, "model.state_width", s, "an even number from 2 on")
+        check(all(f >= 2 for f in self.pool_factors), "model.pool_factors", self.pool_factors, "factors from 2 on")
+        levels = len(self.pool_factors) + 1
+        blocks = self.blocks_per_level
+        check(
+            isinstance(blocks, int) or len(blocks) == levels,
+            "model.blocks_per_level",
+            blocks,
+            f"one number, or {levels} (one for each level of pool_factors={self.pool_factors}, and the innermost)",
+        )
+        check(min(self.level_blocks) >= 1, "model.blocks_per_level", blocks, "at least 1")
+        groups = self.pool_groups
+        check(groups >= 1 and w % groups == 0, "model.pool_groups", groups, f"a divisor of model.width={w}")
+        gates = self.gate_blocks
+        check(gates >= 1 and (s // 2) % gates == 0, "model.gate_blocks", gates, f"a divisor of state_width/2={s // 2}")
+        for name in ("dropout", "embedding_dropout"):
+            p = getattr(self, name)
+            check(0 <= p < 1, f"model.{name}", p, "at least 0 and below 1")
+
+    @property
+    def level_blocks(self) -> tuple[int, ...]:
+        """`blocks_per_level`, one number a level."""
+        blocks = self.blocks_per_level
+        return (blocks,) * (len(self.pool_factors) + 1) if isinstance(blocks, int) else blocks
+
+    @property
+    def multiple(self) -> int:
+        """Samples to one step of the innermost level: the pooling product."""
+        return math.prod(self.pool_factors)
+
+    @property
+    def dtype(self) -> str:
+        """`activations`."""
+        return self.activations
+
+    def architecture(self) -> dict[str, Any]:
+        """As `ModelConfig.architecture`, `blocks_per_level` one number a level."""
+        return {**super().architecture(), "blocks_per_level": list(self.level_blocks)}
+
+
+REDUCED = config.Reduced(
+    ModelConfig(width=32, state_width=64, pool_factors=(4, 4), blocks_per_level=2, pool_groups=1, dropout=0.0),
+    trained_per_minute=3_900_000,
+)
