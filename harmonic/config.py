@@ -28,6 +28,21 @@ from harmonic.errors import UserError, check
 
 T = TypeVar("T")
 
+__all__ = [
+    "Config",
+    "DataConfig",
+    "EvaluateConfig",
+    "GenerateConfig",
+    "MeshConfig",
+    "ModelConfig",  # noqa: F822 (made by __getattr__, for configs that people have)
+    "TrainConfig",
+    "config_names",
+    "from_dict",
+    "load_config",
+    "override",
+    "run_file",
+]
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
