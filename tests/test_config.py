@@ -147,10 +147,9 @@ def test_segments_cover_the_window():
 
 def test_configs_that_people_have_still_load(tmp_path):
     """Those written beside their recordings, and those of before models had kinds."""
+    made = "def get_config():\n    return Config(model=ModelConfig(width=64, pool_groups=1))\n"
     for line in ("from harmonic.config import Config, ModelConfig", "from harmonic.config import *"):
-        (tmp_path / "mine.py").write_text(
-            f"{line}\n\ndef get_config():\n    return Config(model=ModelConfig(width=64, pool_groups=1))\n"
-        )
+        (tmp_path / "mine.py").write_text(f"{line}\n\n{made}")
         assert load_config(str(tmp_path / "mine.py")).model == ModelConfig(width=64, pool_groups=1)
     raw = json.loads(Config().to_json())
     del raw["model"]["kind"], raw["model"]["kernel"]
@@ -158,8 +157,8 @@ def test_configs_that_people_have_still_load(tmp_path):
 
 
 def test_a_kind_brings_its_own_fields():
-    with pytest.raises(UserError, match="model.kind='gpt' is impossible: it must be one of .*harmonic_rnn"):
+    with pytest.raises(UserError, match="'gpt' is impossible: it must be one of harmonic_rnn"):
         override(Config(), ["model.kind=gpt"])
-    with pytest.raises(UserError, match="model.kind"):
+    with pytest.raises(UserError, match="'os' is impossible"):
         from_dict({"model": {"kind": "os"}})
     assert override(Config(), ["model.width=64", "model.kind=harmonic_rnn", "model.pool_groups=2"]).model.width == 64
