@@ -1,8 +1,8 @@
-"""Checkpoints of a run: Orbax, whole or absent, the latest and the best on validation kept.
+"""Checkpoints of a run, by Orbax: whole or absent; the latest two and the best on validation are kept.
 
 A checkpoint has the items `params`, `ema`, `optimizer` and `meta` (JSON: model, step, data iterator, validation), so
-that evaluation and generation read the weights alone. Last of all its `checksums.txt` is written, over all its files:
-without it there is no checkpoint, and what no longer agrees with it is not used.
+that evaluation and generation read the weights alone. Its `checksums.txt` covers all its files and is written last: a
+folder without it is no checkpoint, and a checkpoint that no longer agrees with it is not used.
 """
 
 from __future__ import annotations
@@ -24,27 +24,25 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from harmonic import files, models, processes
-from harmonic.config import Config, load_config
+from harmonic.config import Config
 from harmonic.errors import UserError
 from harmonic.models.base import Model
 
 _ITEMS = ("params", "ema", "optimizer")
 _FOLDER = "checkpoints"
 _CHECKSUMS = "checksums.txt"
-_TRIES = 5  # to read a checkpoint of a run that still trains, and removes the old ones
+_TRIES = 5  # to read a checkpoint of a run that is training and removes its old ones
 _NATIVE = {"No space left": "no space is left", "File too large": "a file may not become that large"}
 _LEAVING = "leaving"  # checkpoints are renamed into it before they are removed: a kill leaves no half of one
-
-logging.getLogger("orbax").setLevel(logging.ERROR)
-logging.getLogger("absl").setLevel(logging.WARNING)
+_LOGGERS = "orbax", "absl", "asyncio"
 
 
 class Checkpoints:
     """The checkpoints of a run's folder.
 
-    Saving is not asynchronous: on CPU the buffers that are written are the very ones that the next step overwrites.
+    Saving is synchronous: on CPU the next step overwrites the very buffers that are written.
 
-    Of several processes all save and restore together; with `read_only`, each reads by itself.
+    Several processes save and restore together; with `read_only` each reads by itself.
     """
 
     def __init__(self, workdir: str | Path, *, read_only: bool = False):
@@ -57,58 +55,21 @@ class Checkpoints:
         if self._lead:
             self._mend()
         if not read_only:
-            processes.gather("")  # before the others look
-        together = ocp.options.MultiprocessingOptions()
-        if read_only:
-            index = jax.process_index()
-            together = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
-        handlers: dict[str, Any] = {
-            name: ocp.StandardCheckpointHandler(multiprocessing_options=together) for name in _ITEMS
-        }
-        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        for name, handler in handlers.items():
-            registry.add(name, ocp.args.StandardSave, handler)
-            registry.add(name, ocp.args.StandardRestore, handler)
-        registry.add("meta", ocp.args.JsonSave, meta := ocp.JsonCheckpointHandler(multiprocessing_options=together))
-        registry.add("meta", ocp.args.JsonRestore, meta)
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(
-                # Two of the latest: the one before, should the newest be damaged.
-                preservation_policy=AnyPreservationPolicy(
-                    [
-                        LatestN(n=2),
-                        BestN(
-                            get_metric_fn=lambda metrics: -metrics["validation"],
-                            n=1,
-                            keep_checkpoints_without_metrics=False,
-                        ),
-                    ]
-                ),
-                # Without it Orbax writes no metrics, and whoever opens the folder again knows of no best.
-                best_fn=lambda metrics: -metrics["validation"],
-                # A damaged checkpoint must not keep a reader from the others.
-                lightweight_initialize=read_only,
-                todelete_subdir=None if read_only else _LEAVING,
-                enable_async_checkpointing=False,
-                read_only=read_only,
-                create=not read_only,
-                multiprocessing_options=together,
-            ),
-            handler_registry=registry,
-        )
+            processes.gather("")  # the others look when the folder is in order
+        with _quiet():
+            self._manager = _manager(self.folder, read_only)
 
     def save(self, step: int, items: dict[str, Any], meta: dict[str, Any], validation: float | None) -> None:
-        """Writes `items` (params, ema, optimizer) and `meta`; nothing if the step is already there.
+        """Writes `items` (params, ema, optimizer) and `meta`; nothing if there is a checkpoint of that step.
 
         Raises:
-          UserError: it cannot be written.
+          UserError: the checkpoint cannot be written.
         """
         if step in self._manager.all_steps():
             return
         trees = {name: ocp.args.StandardSave(items[name]) for name in _ITEMS}
         try:
-            with _traces_unlogged():
+            with _quiet(logging.CRITICAL):
                 self._manager.save(
                     step,
                     args=ocp.args.Composite(**trees, meta=ocp.args.JsonSave(meta)),
@@ -123,7 +84,7 @@ class Checkpoints:
             shutil.rmtree(self.folder / _LEAVING, ignore_errors=True)
 
     def _not_written(self, step: int, error: Exception) -> UserError:
-        """The line for a checkpoint that could not be written, of which nothing stays."""
+        """Removes what was written of a checkpoint; the line that says why."""
         if self._lead:
             for left in self.folder.glob(f"{step}.*tmp*"):
                 shutil.rmtree(left, ignore_errors=True)
@@ -136,13 +97,13 @@ class Checkpoints:
         )
 
     def _mend(self) -> None:
-        """Removes a checkpoint that was never finished, and sets aside those that are no more as they were written.
+        """Removes a checkpoint that was never finished, and sets damaged ones aside.
 
         Raises:
-          UserError: the latter are all there is; or several have no checksums, which no interruption leaves behind.
+          UserError: all checkpoints are damaged; or several have no checksums, which no interruption leaves behind.
         """
         with files.write_errors(self.folder):
-            # Orbax would remove temporary folders in a thread, which trips over itself.
+            # Orbax would remove temporary folders in a thread, which fails when it finds them removed.
             for left in (self.folder / _LEAVING, *self.folder.glob("*.orbax-checkpoint-tmp*")):
                 shutil.rmtree(left, ignore_errors=True)
             steps = [int(path.name) for path in self.folder.glob("[0-9]*") if path.name.isdigit()]
@@ -176,10 +137,10 @@ class Checkpoints:
         )
 
     def whole(self, which: str | int = "latest") -> int | None:
-        """Like `step`, of checkpoints whose files are as they were written; a line says what is left out.
+        """Like `step`, but only of undamaged checkpoints; a line says which ones are left out.
 
         Raises:
-          UserError: no checkpoint of that step, or none that is not damaged.
+          UserError: there is no checkpoint of that step, or all are damaged.
         """
         named = which not in ("latest", "best")
         steps = self._ranked(which, self._finished()) if named else self._finished()
@@ -194,10 +155,11 @@ class Checkpoints:
         return chosen
 
     def step(self, which: str | int = "latest") -> int | None:
-        """The step of the `latest` or `best` checkpoint (the latest, if none was validated), or a step that is there.
+        """The step of the `latest`, `best` (the latest, if none was validated) or numbered checkpoint; None if there
+        is no checkpoint at all.
 
         Raises:
-          UserError: no checkpoint of that step.
+          UserError: there is no checkpoint of that step.
         """
         return next(iter(self._ranked(which, self._finished())), None)
 
@@ -206,7 +168,7 @@ class Checkpoints:
         return [step for step in steps if (self.folder / str(step) / _CHECKSUMS).exists()]
 
     def _ranked(self, which: str | int, steps: list[int]) -> list[int]:
-        """Those of `steps`, the latest first, that may be taken, in the order of preference."""
+        """Which of `steps`, the latest first, may be used, in the order of preference."""
         if which == "latest":
             return steps
         if which == "best":
@@ -230,7 +192,8 @@ class Checkpoints:
 
     def _restore(self, step: int, args: dict[str, Any]) -> Any:
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**args))
+            with _quiet():
+                return self._manager.restore(step, args=ocp.args.Composite(**args))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"checkpoint {step} in {self.folder} cannot be read ({_first_line(error)}); remove "
@@ -238,29 +201,54 @@ class Checkpoints:
             ) from error
 
     def close(self) -> None:
-        """Lets go of the folder."""
-        self._manager.close()
+        """Releases the folder."""
+        with _quiet():
+            self._manager.close()
+
+
+def _manager(folder: Path, read_only: bool) -> ocp.CheckpointManager:
+    together = ocp.options.MultiprocessingOptions()
+    if read_only:
+        index = jax.process_index()
+        together = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    for name in _ITEMS:
+        handler = ocp.StandardCheckpointHandler(multiprocessing_options=together)
+        registry.add(name, ocp.args.StandardSave, handler)
+        registry.add(name, ocp.args.StandardRestore, handler)
+    meta = ocp.JsonCheckpointHandler(multiprocessing_options=together)
+    registry.add("meta", ocp.args.JsonSave, meta)
+    registry.add("meta", ocp.args.JsonRestore, meta)
+    best = BestN(get_metric_fn=lambda metrics: -metrics["validation"], n=1, keep_checkpoints_without_metrics=False)
+    options = ocp.CheckpointManagerOptions(
+        # Two of the latest: if the newest is damaged, the one before takes its place.
+        preservation_policy=AnyPreservationPolicy([LatestN(n=2), best]),
+        # Without it Orbax writes no metrics, and a later start knows no best checkpoint.
+        best_fn=lambda metrics: -metrics["validation"],
+        # A damaged checkpoint must not keep a reader from the others.
+        lightweight_initialize=read_only,
+        todelete_subdir=None if read_only else _LEAVING,
+        enable_async_checkpointing=False,
+        read_only=read_only,
+        create=not read_only,
+        multiprocessing_options=together,
+    )
+    return ocp.CheckpointManager(folder, options=options, handler_registry=registry)
 
 
 @contextlib.contextmanager
-def _traces_unlogged() -> Iterator[None]:
-    """What Orbax raises, its threads log with stack traces as well, and go on with that after it was raised: once
-    something was, they stay unheard."""
-    levels = {log: log.level for log in map(logging.getLogger, ("absl", "asyncio"))}
-    for log in levels:
-        log.setLevel(logging.CRITICAL)
-    print_any = sys.unraisablehook
-
-    def print_others(unraisable: Any) -> None:
-        # What tensorstore has left to tell an event loop that has ended over an error.
-        if str(unraisable.exc_value) != "Event loop is closed":
-            print_any(unraisable)
-
-    sys.unraisablehook = print_others
-    yield
-    sys.unraisablehook = print_any
-    for log, level in levels.items():
-        log.setLevel(level)
+def _quiet(level: int = logging.ERROR) -> Iterator[None]:
+    """Keeps what Orbax logs below a level from the caller's log."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, _LOGGERS)}
+    for logger, before in levels.items():
+        logger.setLevel(max(level, before))
+    try:
+        yield
+    finally:
+        # After a failed save the loggers stay silent: Orbax's threads log its error again, with stack traces.
+        if level < logging.CRITICAL or sys.exc_info()[0] is None:
+            for logger, before in levels.items():
+                logger.setLevel(before)
 
 
 def _say(line: str) -> None:
@@ -295,31 +283,17 @@ def model_description(config: Config) -> dict[str, Any]:
     return {**config.model.architecture(), "num_levels": config.data.num_levels}
 
 
-def load_run_config(workdir: str | Path) -> Config:
-    """The config that a run was trained with.
-
-    Raises:
-      UserError: `workdir` is not a run's folder.
-    """
-    path = Path(workdir) / "config.json"
-    if not path.is_file():
-        raise UserError(
-            f"{workdir} is not a run's folder: it has no config.json; train one with python -m workflows.train"
-        )
-    return load_config(str(path))
-
-
 @dataclasses.dataclass(frozen=True)
-class Weights:
-    """A run's weights, ready to be evaluated or sampled.
+class Trained:
+    """A run's model with the weights of a checkpoint, ready to be evaluated or sampled.
 
     Attributes:
-      model, params: for `model.apply(params, ...)`.
+      model, params: the model and its parameters, as `model.init` names them.
       config: the run's.
       step: of the checkpoint.
-      checkpoint: what was asked for (`best`, `latest` or a step).
+      checkpoint: which one was asked for (`best`, `latest` or a step).
       kind: `ema`, or `params` where the run keeps no average.
-      sha256: of the values themselves: the same weights have the same.
+      sha256: over the values; equal weights have equal sums.
     """
 
     model: Model
@@ -332,16 +306,21 @@ class Weights:
 
 
 class _RemovedError(Exception):
-    """A run that still trains has removed the checkpoint that was being read."""
+    """A run that is training has removed the checkpoint that was being read."""
 
 
-def load_weights(workdir: str | Path, checkpoint: str = "best", *, raw: bool = False) -> Weights:
-    """Reads the averaged weights (the raw ones with `raw`) of a run's `best`, `latest` or numbered checkpoint.
+def load_weights(workdir: Path, config: Config, checkpoint: str = "best", *, raw: bool = False) -> Trained:
+    """Reads the weights of a run; `harmonic.run.Run.weights` is the door to it.
+
+    Args:
+      workdir: the run's folder.
+      config: the run's.
+      checkpoint: `best`, `latest` or a step.
+      raw: read the raw weights instead of their average.
 
     Raises:
-      UserError: there is no such run or checkpoint, or it is damaged.
+      UserError: there is no such checkpoint, or it is damaged.
     """
-    config = load_run_config(workdir)
     for _ in range(_TRIES):
         with contextlib.suppress(_RemovedError):
             return _load_weights(workdir, config, checkpoint, raw)
@@ -350,7 +329,7 @@ def load_weights(workdir: str | Path, checkpoint: str = "best", *, raw: bool = F
     )
 
 
-def _load_weights(workdir: str | Path, config: Config, checkpoint: str, raw: bool) -> Weights:
+def _load_weights(workdir: Path, config: Config, checkpoint: str, raw: bool) -> Trained:
     model = models.make(config.model, config.data.num_levels)
     checkpoints = Checkpoints(workdir, read_only=True)
     step = None
@@ -360,7 +339,7 @@ def _load_weights(workdir: str | Path, config: Config, checkpoint: str, raw: boo
             raise UserError(f"{workdir} has no checkpoint yet; train it: python -m workflows.train --workdir={workdir}")
         check_architecture(checkpoints.meta(step)["model"], config, f"{workdir}, step {step},")
         kind = "params" if raw or not config.train.ema_decay else "ema"
-        # Onto one device, wherever they lay when they were written.
+        # Onto one device, whatever mesh wrote them.
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.eval_shape(model.init, jax.random.key(0))
         target = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=here), target)
@@ -371,11 +350,11 @@ def _load_weights(workdir: str | Path, config: Config, checkpoint: str, raw: boo
         raise
     finally:
         checkpoints.close()
-    return Weights(model, params, config, step, checkpoint, kind, _sha256(params))
+    return Trained(model, params, config, step, checkpoint, kind, _sha256(params))
 
 
 def _sha256(params: dict[str, Any]) -> str:
-    """Of names, types, shapes and values."""
+    """Over names, types, shapes and values."""
     digest = hashlib.sha256()
     for path, value in jax.tree_util.tree_leaves_with_path(params):
         value = np.asarray(value)

@@ -3,14 +3,14 @@
     export_run("runs/sc09", "exports/sc09", license_name="cc-by-4.0")
     model = harmonic.load("exports/sc09")
 
-The same run gives the same bytes, but for what the card says of evaluations made since. `harmonic.pretrained` has the
-format, and reads it.
+The same run gives the same bytes, except that the card shows the newest evaluations. `harmonic.pretrained` documents
+the format and reads it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
@@ -19,12 +19,11 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from harmonic import audio, hub, pretrained
-from harmonic.checkpoint import load_weights
+from harmonic import audio, files, hub, pretrained
 from harmonic.errors import UserError
 from harmonic.model_card import model_card, public_source
 from harmonic.pretrained import CONFIG, FORMAT, WEIGHTS, Pretrained
-from harmonic.records import load_manifest
+from harmonic.run import Run
 
 CARD = "README.md"
 
@@ -45,37 +44,38 @@ def export_run(
 
     Args:
       workdir: the run's folder.
-      folder: a new or empty folder, or an earlier export, whose files are replaced.
+      folder: a new or empty folder, or an earlier export: its files are replaced.
       checkpoint: best, latest or a step.
+      raw: write the raw weights.
       license_name: the hub's name of a licence, for the card.
       num_samples, seconds: sample WAVs, generated at the config's temperature with seed 0.
-      repo: where it will be pushed to, for the card.
-      overwrite: also write into a folder that holds something else; nothing in it is removed but what is replaced.
+      repo: the repository that it will be pushed to, for the card.
+      overwrite: also write into a folder that holds something else. Files of other names stay in it.
 
     Returns:
       The names of the files.
 
     Raises:
-      UserError: no such run or checkpoint, weights that are not finite, or a folder that holds something else.
+      UserError: there is no such run or checkpoint, the weights are not finite, or the folder holds something else.
     """
-    workdir, folder = Path(workdir), Path(folder)
+    run, folder = Run(workdir), Path(folder)
     _check_folder(folder, overwrite)
-    weights, manifest = load_weights(workdir, checkpoint, raw=raw), load_manifest(workdir)
-    arrays = {name: np.ascontiguousarray(leaf, np.float32) for name, leaf in pretrained.flatten(weights.params).items()}
-    pretrained.check_finite(arrays, f"checkpoint {weights.step} of {workdir}")
-    model = Pretrained(weights.model, weights.params, weights.config, manifest.sample_rate, manifest.loudness)
+    trained, manifest = run.weights(checkpoint, raw=raw), run.manifest
+    arrays = {name: np.ascontiguousarray(leaf, np.float32) for name, leaf in pretrained.flatten(trained.params).items()}
+    pretrained.check_finite(arrays, f"checkpoint {trained.step} of {workdir}")
+    model = Pretrained(trained.model, trained.params, trained.config, manifest.sample_rate, manifest.loudness)
     content = safetensors.numpy.save(arrays)
     about: dict[str, Any] = {
         "format": FORMAT,
         "library_name": "harmonic-rnn",
-        "model_type": "harmonic_rnn",
+        "model_type": trained.config.model.kind,
         "sample_rate": manifest.sample_rate,
         "weights": {
             "sha256": hashlib.sha256(content).hexdigest(),
             "parameters": sum(array.size for array in arrays.values()),
-            "kind": weights.kind,
+            "kind": trained.kind,
             "checkpoint": checkpoint,
-            "step": weights.step,
+            "step": trained.step,
         },
         "data": {
             "dataset": manifest.dataset,
@@ -83,14 +83,14 @@ def export_run(
             "fingerprint": manifest.fingerprint,
             "loudness": manifest.loudness,
         },
-        "config": json.loads(weights.config.to_json()),
+        "config": dataclasses.asdict(trained.config),
     }
-    settings: dict[str, Any] = {"seconds": seconds, "temperature": weights.config.generate.temperature}
+    settings: dict[str, Any] = {"seconds": seconds, "temperature": trained.config.generate.temperature}
     names = [f"sample_{i}.wav" for i in range(num_samples)]
     card = model_card(
-        workdir,
+        run.folder,
         about,
-        weights.config,
+        trained.config,
         manifest,
         load_name=repo or folder.name,
         license_name=license_name,
@@ -107,7 +107,7 @@ def export_run(
             for name, waveform in zip(names, model.generate(num_samples=num_samples, **settings), strict=True):
                 audio.write_wav(temporary / name, waveform, manifest.sample_rate)
         (temporary / CARD).write_text(card)
-        (temporary / CONFIG).write_text(json.dumps(about, indent=2) + "\n")
+        files.write_json(temporary / CONFIG, about)
         _move(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -119,16 +119,13 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
         raise UserError(f"{folder} is a file; give a folder as --output_dir")
     if overwrite or not folder.is_dir() or not any(folder.iterdir()):
         return
-    try:
-        ours = hub.is_export(json.loads((folder / CONFIG).read_bytes()))
-    except (OSError, ValueError):
-        ours = False
-    if not ours:
+    if not hub.is_export(files.read_json(folder / CONFIG)):
         raise UserError(f"{folder} holds something else than an export; give another --output_dir, or --overwrite")
 
 
 def _move(temporary: Path, folder: Path) -> None:
-    """A new folder appears at once. In one that stands, config.json comes last: until then the checksum is wrong."""
+    """Moves all files at once into a new folder. In an earlier export config.json is replaced last: until then its
+    checksum differs, and the export is refused."""
     try:
         os.rename(temporary, folder)
         return

@@ -1,16 +1,18 @@
-"""Files that are whole or absent, errors that name them, and checksums over a folder. Standard library only."""
+"""Files that are whole or absent, JSON, errors that name the file, and checksums of a folder. Standard library only."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from harmonic.errors import UserError
+from harmonic.errors import UserError, one_line
 
 _FULL = {
     errno.ENOSPC: "no space is left",
@@ -22,7 +24,7 @@ _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 @contextlib.contextmanager
 def write_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns an operating system's error while `path` is written into a UserError that names it and the way out."""
+    """Turns an OSError while `path` is written into a UserError that names the path and the way out."""
     try:
         yield
     except OSError as error:
@@ -36,11 +38,33 @@ def cannot_write(path: str | os.PathLike[str], error: OSError) -> UserError:
     return UserError(f"cannot write {path}: {error.strerror or error}; make it writable, or give another folder")
 
 
+@contextlib.contextmanager
+def refusing(
+    path: str | os.PathLike[str], remedy: str, *errors: type[Exception], kind: str | None = None
+) -> Iterator[None]:
+    """Turns errors while `path` is read into a UserError that names the path and the way out.
+
+    Args:
+      path: the file that is read.
+      remedy: the way out, the end of the line.
+      errors: besides OSError, which errors a damaged file causes.
+      kind: the format that the file should have.
+    """
+    caught: tuple[type[Exception], ...] = (OSError, *errors)
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; {remedy}") from None
+    except caught as error:
+        form = f" as {kind}" if kind else ""
+        raise UserError(f"{path} cannot be read{form} ({one_line(error)}); {remedy}") from error
+
+
 def write_whole(path: str | os.PathLike[str], data: str | bytes) -> None:
-    """Writes a file, whole or not at all, also should the machine lose power.
+    """Writes a file, whole or not at all, even if the machine loses power.
 
     Raises:
-      UserError: it cannot be written; what stood there stays.
+      UserError: the file cannot be written; an earlier file of that name is unchanged.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".partial")
@@ -58,8 +82,32 @@ def write_whole(path: str | os.PathLike[str], data: str | bytes) -> None:
             raise
 
 
+def read_json(path: str | os.PathLike[str], *, remedy: str | None = None) -> Any:
+    """The value in a JSON file; without `remedy`, None for a file that is missing or damaged.
+
+    Raises:
+      UserError: with `remedy`, which ends the line: the file is missing or damaged.
+    """
+    try:
+        with refusing(path, remedy or "", ValueError, RecursionError, kind="JSON"):
+            return json.loads(Path(path).read_bytes())
+    except UserError:
+        if remedy is None:
+            return None
+        raise
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes a value as JSON, whole or not at all.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    write_whole(path, json.dumps(value, indent=2) + "\n")
+
+
 def checksums(folder: Path, *, but: str) -> str:
-    """A line `<SHA-256>  <path>` for each file below `folder`, but for the file `but`: what `sha256sum -c` reads."""
+    """A line `<SHA-256>  <path>`, as `sha256sum -c` reads it, for each file below `folder` except the file `but`."""
     lines = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
@@ -74,8 +122,10 @@ def _digest(path: Path) -> str:
 
 
 def changes(folder: Path, listing: str) -> list[str] | None:
-    """The files below `folder` that are not as its file `listing` says, written from `checksums`: missing, changed, or
-    more than there were. None if there is no such listing.
+    """The files below `folder` that are missing, changed or new since `checksums` wrote its file `listing`.
+
+    Returns:
+      Their names; None if there is no such listing.
 
     Raises:
       UserError: a file is there and cannot be read.

@@ -1,5 +1,5 @@
-"""What a run writes and shows while it goes: metrics.jsonl, TensorBoard, Weights & Biases if asked for, and a progress
-bar or plain lines."""
+"""What a run writes and shows while it trains: metrics.jsonl, TensorBoard, Weights & Biases if asked for, its speed,
+and a progress bar or plain lines."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import json
 import secrets
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,14 +27,14 @@ _LINE_EVERY = 10.0  # seconds between plain progress lines
 
 
 class _Board:
-    """TensorBoard's events, written at once: the library's own writer leaves that to a thread, where a full disk passes
-    unseen and a clock that goes back stops training for good."""
+    """Writes TensorBoard's events at once. The library's own writer uses a thread, in which a full disk is not noticed
+    and a clock that is set back stops training for good."""
 
     def __init__(self, folder: Path, purge_step: int | None):
         self._folder = folder
         with files.write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            # Named by the clock alone, a start might overwrite what an earlier one has written.
+            # The library names files by the clock: without a suffix a start may overwrite an earlier one's file.
             self._events = EventsWriter(str(folder / "events"), f".{secrets.token_hex(4)}")
         if purge_step is not None:
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
@@ -49,7 +50,7 @@ class _Board:
             self._events.flush()
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # what was not written has been said
+        with contextlib.suppress(OSError):  # write errors were already raised by _write
             self._events.close()
 
 
@@ -57,12 +58,12 @@ class MetricsWriter:
     """Appends to a run's metrics.jsonl, one JSON object a line, and to its TensorBoard events.
 
     Args:
-      workdir: the run's folder; None to write nothing, as all processes but the first.
-      step: the step that the run goes on from. What an interrupted run wrote after it is dropped: it is made again.
+      workdir: the run's folder; None to write nothing, as all processes but the first do.
+      step: the step that the run continues from. Lines of later steps are dropped: those steps are made again.
       config: of the run; its `train.wandb_project` names a project of Weights & Biases to write to as well.
 
     Raises:
-      UserError: the folder cannot be written, or Weights & Biases is asked for and cannot be had.
+      UserError: the folder cannot be written, or Weights & Biases is asked for and not available.
     """
 
     def __init__(self, workdir: str | Path | None, step: int = 0, config: Config | None = None):
@@ -92,7 +93,7 @@ class MetricsWriter:
             self._wandb.log({f"{kind}/{name}": value for name, value in values.items() if value is not None}, step=step)
 
     def write_sounds(self, step: int, waveforms: np.ndarray, sample_rate: int) -> None:
-        """Samples [number, time] in [-1, 1], each to be heard and seen on the boards."""
+        """Shows samples [number, time] in [-1, 1] on the boards, each as sound and as a spectrogram."""
         if self._board is None:
             return
         from harmonic import spectrogram
@@ -110,7 +111,7 @@ class MetricsWriter:
     def close(self) -> None:
         """Flushes and closes both."""
         if self._board is not None:
-            with contextlib.suppress(OSError):  # what was not written has been said
+            with contextlib.suppress(OSError):  # write errors were already raised by `write`
                 self._file.close()
             self._board.close()
         if self._wandb is not None:
@@ -118,8 +119,7 @@ class MetricsWriter:
 
 
 def _wandb_run(workdir: Path, config: Config) -> Any:
-    """The run in Weights & Biases, the same one whenever training goes on; its steps that are made again change nothing
-    there, since they are the same."""
+    """The run in Weights & Biases, the same one at every start: steps that are made again have equal values."""
     remedy = "or leave train.wandb_project empty"
     try:
         import wandb
@@ -166,15 +166,51 @@ def _step(line: bytes) -> float:
     return float("inf")  # a line that a kill cut short
 
 
+class Throughput:
+    """Samples per second of training steps alone.
+
+        speed.add(samples)
+        with speed.paused():
+            validate()
+        speed.rate()  # since the last call
+
+    Steps are dispatched ahead of the device: wait for them before `paused`, or their time is lost in the pause.
+    """
+
+    def __init__(self) -> None:
+        self._samples, self._seconds, self._since = 0, 0.0, time.monotonic()
+
+    def add(self, samples: int) -> None:
+        """Counts the samples of a step."""
+        self._samples += samples
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out the time until the end of the block."""
+        self._seconds += time.monotonic() - self._since
+        try:
+            yield
+        finally:
+            self._since = time.monotonic()
+
+    def rate(self) -> float:
+        """Samples per second since the last call, or since the start."""
+        now = time.monotonic()
+        rate = self._samples / (self._seconds + now - self._since)
+        self._samples, self._seconds, self._since = 0, 0.0, now
+        return rate
+
+
 class Progress:
     """A progress bar where there is a terminal, a plain line every ten seconds where there is none.
 
     Args:
-      title: what is going on.
+      title: the name of the work.
       total: units in all.
       initial: units that an earlier run has done.
       unit: what is counted.
-      rate_unit, rate_scale: what a unit is worth in the rate that is shown, such as samples.
+      rate_unit, rate_scale: the unit of the rate that is shown, such as samples, and how many of them a unit is worth.
+      stream: where it is shown; standard error if not given.
     """
 
     def __init__(

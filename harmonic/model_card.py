@@ -1,8 +1,7 @@
-"""The README.md of an exported model: what the hub reads of it, what the run measured, how to make it and use it."""
+"""The README.md of an exported model: what the hub reads, what the run measured, and how to use and make the model."""
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import urllib.parse
@@ -11,7 +10,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from harmonic import models
 from harmonic.config import Config
+from harmonic.files import read_json
 from harmonic.records import Manifest
 
 _PERCEPTUAL = {"fid": "FID", "is": "IS", "is_released": "IS, released code", "mis": "mIS", "am": "AM"}
@@ -35,32 +36,34 @@ def model_card(
     samples: list[str],
     settings: dict[str, Any],
 ) -> str:
-    """The card's text. Figures of another step or other data than the weights' are left out.
+    """The card's text. Figures of another step or of other data than the weights' are left out.
 
     Args:
-      workdir: where summary.json, evaluation.json and perceptual.json are looked for.
+      workdir: the run's folder; its summary.json, evaluation.json and perceptual.json may be missing.
       about: the export's config.json.
-      load_name: what `harmonic.load` is given.
+      config: the run's.
+      manifest: of the data that it was trained on.
+      load_name: the argument for `harmonic.load`.
       license_name: the hub's name of a licence; None leaves it open.
       samples: names of the WAV files beside the card.
-      settings: what they were made with: seconds and temperature.
+      settings: seconds and temperature of the samples.
     """
     weights = about["weights"]
-    evaluation = _read(workdir / "evaluation.json")
-    test = evaluation.get("test") or {}
+    test = (read_json(workdir / "evaluation.json") or {}).get("test") or {}
     made_from = {"step": weights["step"], "weights": weights["kind"], "fingerprint": manifest.fingerprint}
     if any(test.get(name) != value for name, value in made_from.items()):
         test = {}
-    perceptual = _read(workdir / "perceptual.json")
+    perceptual = read_json(workdir / "perceptual.json") or {}
     if perceptual.get("step") != weights["step"]:
         perceptual = {}
-    title, sections = f"HarmonicRNN: {config.name}", []
-    sections.append(
-        "A deep linear RNN that generates raw audio sample by sample "
-        f"([arXiv 2510.02401](https://arxiv.org/abs/2510.02401)), trained on {manifest.dataset}: "
+    model = models.about(getattr(config.model, "kind", models.DEFAULT_KIND))
+    papers = [f"arxiv:{model.arxiv}"] if model.arxiv else []
+    link = f" ([arXiv {model.arxiv}](https://arxiv.org/abs/{model.arxiv}))" if model.arxiv else ""
+    sections = [
+        f"{model.summary[:1].upper()}{model.summary[1:]}{link}, trained on {manifest.dataset}: "
         f"{weights['parameters']:,} parameters, {manifest.num_levels} {manifest.encoding} levels at "
         f"{manifest.sample_rate:,} Hz."
-    )
+    ]
     if samples:
         made = f"{settings['seconds']:g} s at temperature {settings['temperature']:g}, seed 0"
         links = ", ".join(f"[{name}]({name})" for name in samples)
@@ -68,24 +71,16 @@ def model_card(
     sections.append("## Generate\n\n" + _USE.format(name=load_name, **settings))
     sections.append("## Figures\n\n" + _figures(weights, test, perceptual))
     sections.append("## Data\n\n" + _data(manifest, about))
-    sections.append("## Train it\n\n" + _command(_read(workdir / "summary.json"), config))
+    sections.append("## Train it\n\n" + _command((read_json(workdir / "summary.json") or {}), config))
     card = ModelCardData(
         license=license_name,
         library_name="harmonic-rnn",
-        pipeline_tag="text-to-audio",  # the hub's nearest: it has no tag for audio from nothing
-        tags=["audio", "audio-generation", "raw-audio", "harmonic-rnn", "jax", "arxiv:2510.02401", manifest.dataset],
+        pipeline_tag="text-to-audio",  # the nearest one: the hub has no tag for audio without text
+        tags=["audio", "audio-generation", "raw-audio", "harmonic-rnn", "jax", *papers, manifest.dataset],
         model_name=config.name if test else None,
         eval_results=_results(test, manifest) if test else None,
     )
-    return f"---\n{card.to_yaml()}\n---\n\n# {title}\n\n" + "\n\n".join(sections) + "\n"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return raw if isinstance(raw, dict) else {}
+    return f"---\n{card.to_yaml()}\n---\n\n# {model.name}: {config.name}\n\n" + "\n\n".join(sections) + "\n"
 
 
 def _results(test: dict[str, Any], manifest: Manifest) -> list[EvalResult]:
@@ -130,7 +125,7 @@ def _data(manifest: Manifest, about: dict[str, Any]) -> str:
         for name, split in manifest.splits.items()
     )
     return (
-        f"Data set `{manifest.dataset}` from `{about['data']['source']}`: {counts}. Fingerprint of what was prepared: "
+        f"Data set `{manifest.dataset}` from `{about['data']['source']}`: {counts}. Fingerprint of the prepared data: "
         f"`{manifest.fingerprint}`."
     )
 
@@ -146,7 +141,7 @@ def _command(summary: dict[str, Any], config: Config) -> str:
 
 
 def public_source(source: str) -> str:
-    """Where data came from, without what is nobody's business: a URL's password and query, a local path's folders."""
+    """Where data came from, without private parts: a URL's password and query, a local path's folders."""
     if "://" in source:
         parts = urllib.parse.urlsplit(source)
         return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
@@ -154,7 +149,7 @@ def public_source(source: str) -> str:
 
 
 def public_command(command: str) -> str:
-    """A command without the folders of the machine that it ran on: `--workdir` and `--data_dir` do not matter to it."""
+    """A command without folders of its machine: no `--workdir`, no `--data_dir`, and files by their names."""
     kept, skip = [], False
     for argument in shlex.split(command):
         flag, equals, value = argument.partition("=")

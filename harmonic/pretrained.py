@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 import os
 import re
@@ -25,15 +24,16 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from harmonic import audio, generate, hub, models
+from harmonic import files, hub, models
 from harmonic.config import Config, from_dict
 from harmonic.errors import UserError
 from harmonic.models.base import Model
+from harmonic.run import Run
+from harmonic.voice import LONGEST, Codec, Voice
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _PICKLES = (".bin", ".ckpt", ".h5", ".msgpack", ".pickle", ".pkl", ".pt", ".pth")
-_LONGEST = 2**31 - 2**16  # samples: positions are int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +41,11 @@ class Pretrained:
     """A trained model.
 
     Attributes:
-      model, params: for `model.apply(params, ...)`.
+      model, params: the model and its parameters, as `model.init` names them.
       config: the run's.
       sample_rate: Hz.
-      loudness: LUFS that its recordings were brought to, all on one scale; None where each was scaled to its own
-        minimum and maximum.
-      about: what else an export's config.json says (`weights`, `data`); empty for a run's folder.
+      loudness: of its recordings in LUFS; None where each was scaled to its own minimum and maximum.
+      about: `weights` and `data` of an export's config.json; empty for a run's folder.
     """
 
     model: Model
@@ -55,6 +54,12 @@ class Pretrained:
     sample_rate: int
     loudness: float | None = None
     about: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+    @property
+    def voice(self) -> Voice:
+        """The model with its codec, to generate sound."""
+        data = self.config.data
+        return Voice(self.model, self.params, Codec(data.encoding, data.num_levels, self.sample_rate, self.loudness))
 
     def generate(
         self,
@@ -69,22 +74,23 @@ class Pretrained:
         """Generates `num_samples` streams side by side: those of `workflows.generate` with the same settings.
 
         Args:
-          seconds: of each, its prompt included.
+          seconds: of each stream, its prompt included.
           num_samples: streams. A stream depends on the seed and its number, not on how many there are.
           seed: of the random numbers.
           temperature: logits are divided by it; 1 samples the model itself.
           top_p: sample from the smallest set of tokens that holds this probability.
-          prompt: what all continue, [samples], or what each does, [num_samples, samples], at `sample_rate`; or an audio
-            file. Taken at the level that it has where the model has a `loudness`, else scaled to its own extremes.
+          prompt: an audio file, or floats at `sample_rate`: [samples] that all streams continue, or [num_samples,
+            samples]. It is scaled as the data set's recordings are: to their `loudness`, or to its own extremes.
 
         Returns:
           float32 [num_samples, samples] in [-1, 1], the prompt first.
 
         Raises:
-          UserError: a value that cannot be, or a prompt at another rate or as long as what is asked for.
+          UserError: a value is impossible, or a prompt is at another rate or as long as what is asked for.
         """
-        settings: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "temperature": temperature}
-        pieces = self._pieces(seconds, top_p=top_p, prompt=prompt, **settings)
+        pieces = self.stream(
+            seconds, num_samples=num_samples, seed=seed, temperature=temperature, top_p=top_p, prompt=prompt
+        )
         return np.concatenate(list(pieces), axis=1)
 
     def stream(
@@ -97,71 +103,29 @@ class Pretrained:
         top_p: float = 1.0,
         prompt: np.ndarray | str | os.PathLike[str] | None = None,
     ) -> Iterator[np.ndarray]:
-        """What `generate` returns, in pieces [num_samples, a tenth of a second] as they are made, the prompt first.
+        """The result of `generate` in pieces [num_samples, a tenth of a second] as they are made, the prompt first.
 
-        Without `seconds` it goes on for as long as one asks for more (some 37 hours at 16 kHz).
+        Without `seconds` it continues for as long as more is asked for (some 37 hours at 16 kHz).
         """
-        settings: dict[str, Any] = {"num_samples": num_samples, "seed": seed, "temperature": temperature}
-        return self._pieces(seconds, top_p=top_p, prompt=prompt, **settings)
-
-    def _pieces(self, seconds: float | None, *, num_samples: int, prompt: Any, **settings: Any) -> Iterator[np.ndarray]:
-        length = _LONGEST
-        if seconds is not None:
-            if not 0 < seconds * self.sample_rate <= _LONGEST:
-                longest = _LONGEST // self.sample_rate
-                raise UserError(f"seconds={seconds} is impossible: it must be above 0 and at most {longest:,}")
-            length = round(seconds * self.sample_rate)
         if num_samples < 1:
             raise UserError(f"num_samples={num_samples} is impossible: it must be at least 1")
-        tokens = None if prompt is None else self._prompt(prompt, num_samples)
-        given = 0 if tokens is None else tokens.shape[-2]
-        if length <= given:
-            raise UserError(
-                f"the prompt has {given / self.sample_rate:.2f} s, but seconds={seconds} counts prompt and "
-                "continuation together; give more seconds, or a shorter prompt"
-            )
-        chunk = max(self.sample_rate // 10, 1)  # one for both calls: each size is compiled
-        made = generate.generate(
-            self.model, self.params, batch=num_samples, length=length - given, prompt=tokens, chunk=chunk, **settings
+        voice = self.voice
+        tokens = None if prompt is None else voice.codec.prompt(prompt, num_samples=num_samples)
+        length = LONGEST if seconds is None else voice.length(seconds, tokens)
+        pieces = voice.pieces(
+            length,
+            num_samples=num_samples,
+            prompt=tokens,
+            chunk=max(self.sample_rate // 10, 1),  # the same for both methods: each size is compiled
+            seed=seed,
+            temperature=temperature,
+            top_p=top_p,
         )
-
-        def pieces() -> Iterator[np.ndarray]:
-            if tokens is not None:
-                yield self._decode(np.broadcast_to(tokens, (num_samples, *tokens.shape[-2:])))
-            for piece in made:
-                yield self._decode(piece.tokens)
-
-        return pieces()
-
-    def _decode(self, tokens: np.ndarray) -> np.ndarray:
-        return audio.decode(tokens, self.config.data.encoding, num_levels=self.config.data.num_levels)[..., 0]
-
-    def _prompt(self, prompt: Any, num_samples: int) -> np.ndarray:
-        """Tokens [time, 1] or [num_samples, time, 1]."""
-        if isinstance(prompt, (str, os.PathLike)):
-            waveform, rate = audio.read_audio(prompt)
-            if rate != self.sample_rate:
-                raise UserError(
-                    f"the prompt {prompt} is at {rate:,} Hz, but the model's audio is at {self.sample_rate:,} Hz; "
-                    "convert it"
-                )
-        else:
-            waveform = np.asarray(prompt)
-        shapes = (waveform.shape[-1:], (num_samples, *waveform.shape[-1:]))
-        if waveform.shape not in shapes or not waveform.size or waveform.dtype.kind != "f":
-            got = f"{waveform.dtype}{list(waveform.shape)}"
-            raise UserError(f"a prompt must be floats [samples] or [{num_samples}, samples], not {got}")
-        if not np.isfinite(waveform).all():
-            raise UserError("the prompt holds samples that are not finite (NaN or infinity)")
-        data = self.config.data
-        scale: dict[str, float] = {} if self.loudness is None else {"low": -1.0, "high": 1.0}
-        rows = np.atleast_2d(waveform)
-        tokens = np.stack([audio.encode(row, data.encoding, num_levels=data.num_levels, **scale) for row in rows])
-        return tokens.reshape(*waveform.shape, 1)
+        return (piece.sound for piece in pieces)
 
 
 def load(path_or_hub_id: str | os.PathLike[str], revision: str | None = None) -> Pretrained:
-    """A model that generates; see `harmonic.load`."""
+    """See `harmonic.load`."""
     folder, name = Path(path_or_hub_id).expanduser(), str(path_or_hub_id)
     if folder.is_dir():
         if revision is not None:
@@ -177,7 +141,7 @@ def _load_folder(folder: Path) -> Pretrained:
     names = sorted(path.name for path in folder.iterdir())
     if WEIGHTS in names:
         return read_export(folder)
-    if "checkpoints" in names or (CONFIG in names and not hub.is_export(_read_json(folder / CONFIG))):
+    if "checkpoints" in names or (CONFIG in names and not hub.is_export(_read_config(folder / CONFIG))):
         return _load_run(folder)
     if pickles := [name for name in names if name.endswith(_PICKLES)]:
         raise UserError(
@@ -188,22 +152,20 @@ def _load_folder(folder: Path) -> Pretrained:
 
 
 def _load_run(workdir: Path) -> Pretrained:
-    from harmonic.checkpoint import load_weights  # and Orbax, which exports do without
-    from harmonic.records import load_manifest
-
-    weights, manifest = load_weights(workdir), load_manifest(workdir)
-    return Pretrained(weights.model, weights.params, weights.config, manifest.sample_rate, manifest.loudness)
+    run = Run(workdir)
+    trained, manifest = run.weights(), run.manifest
+    return Pretrained(trained.model, trained.params, trained.config, manifest.sample_rate, manifest.loudness)
 
 
 def read_export(folder: Path, *, again: str = "export it again") -> Pretrained:
-    """Reads an export, and checks it: format, names, shapes and types against its config, checksum, finiteness.
+    """Reads an export, and checks its format, checksum and finiteness, and names, shapes and types against its config.
 
     Args:
-      folder: of `config.json` and `model.safetensors`.
-      again: what to do about damaged files.
+      folder: with `config.json` and `model.safetensors`.
+      again: the way out if a file is damaged.
 
     Raises:
-      UserError: says what differs.
+      UserError: names what differs.
     """
     about, config = read_config(folder / CONFIG)
     model = models.make(config.model, config.data.num_levels)
@@ -212,22 +174,17 @@ def read_export(folder: Path, *, again: str = "export it again") -> Pretrained:
     return Pretrained(model, params, config, rate, loudness, {name: about[name] for name in ("weights", "data")})
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: without it nobody knows what model {WEIGHTS} is") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error})") from error
+def _read_config(path: Path) -> Any:
+    return files.read_json(path, remedy=f"it says which model {WEIGHTS} is: export it again")
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], Config]:
-    """An export's config.json: (all of it, the run's config within).
+    """Reads an export's config.json: (all of it, the run's config in it).
 
     Raises:
-      UserError: it is something else, of another version, or has values that cannot be.
+      UserError: the file is something else, of another version, or has impossible values.
     """
-    raw = _read_json(path)
+    raw = _read_config(path)
     if not hub.is_export(raw):
         raise UserError(f"{path} is not that of a HarmonicRNN export; make one with python -m workflows.export")
     if raw.get("format") != FORMAT:
@@ -251,7 +208,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], Config]:
 
 
 def flatten(params: Any) -> dict[str, Any]:
-    """Parameters, or their shapes, by the names that they have in model.safetensors."""
+    """Parameters, or their shapes, by their names in model.safetensors."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
@@ -259,10 +216,10 @@ def flatten(params: Any) -> dict[str, Any]:
 def _read_weights(path: Path, model: Model, sha256: str, again: str) -> dict[str, Any]:
     expected = jax.eval_shape(model.init, jax.random.key(0))
     shapes = {name: ("F32", leaf.shape) for name, leaf in flatten(expected).items()}
-    try:
+    with files.refusing(path, again, safetensors.SafetensorError, kind="safetensors"):
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        # The header first: what differs is worth more than that it does, and a wrong file is not worth reading.
+        # The header first: it says what differs, and a wrong file is not worth reading.
         with safetensors.safe_open(path, framework="numpy") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}
             found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
@@ -272,12 +229,6 @@ def _read_weights(path: Path, model: Model, sha256: str, again: str) -> dict[str
                 f"{path} does not match its checksum in {CONFIG}: it is damaged, or of another export; {again}"
             )
         arrays = safetensors.numpy.load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; {again}") from None
-    except safetensors.SafetensorError as error:
-        raise UserError(
-            f"{path} cannot be read as safetensors ({error}): it is cut short or damaged; {again}"
-        ) from error
     check_finite(arrays, str(path))
     return jax.tree.unflatten(jax.tree.structure(expected), [jax.numpy.asarray(arrays[name]) for name in shapes])
 

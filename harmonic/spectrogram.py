@@ -1,4 +1,7 @@
-"""Log-mel spectrograms: what excerpts are compared by, and what is drawn of a sound (no JAX)."""
+"""Log-mel spectrograms, to compare excerpts by and to draw a sound. Imports no JAX.
+
+`harmonic.perceptual.mel` has other ones: those of the published SC09 classifier, 32 bands of one second.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,15 @@ import math
 import numpy as np
 
 MELS = 64
-WINDOW_SECONDS, HOP_SECONDS = 0.064, 0.01  # of a frame, and between frames
-_FLOOR = 1e-6  # of mel power, below which is silence: quantisation noise of 8 bits hardly rises above it
+WINDOW_SECONDS, HOP_SECONDS = 0.064, 0.01  # length of a frame, and time between frames
+_FLOOR = 1e-6  # mel power that counts as silence: quantisation noise of 8 bits is hardly above it
 
 
 @functools.lru_cache(maxsize=8)
 def _filters(sample_rate: int, window: int) -> np.ndarray:
     import librosa
 
-    lowest = 50.0  # leaves out a constant offset, which quantisation can bring
+    lowest = 50.0  # Hz; leaves out a constant offset, which quantisation can add
     return librosa.filters.mel(sr=sample_rate, n_fft=window, n_mels=MELS, fmin=lowest).T.astype(np.float32)
 
 
@@ -29,7 +32,8 @@ def frame_sizes(sample_rate: int) -> tuple[int, int]:
 def mel_power(waveform: np.ndarray, sample_rate: int, hop: int) -> np.ndarray:
     """Power in `MELS` bands, float32 [frames, MELS], of every whole frame of a waveform [time].
 
-    A sine at full scale has between 0.1 and 1 in its band.
+    A sine at full scale has a power between 0.1 and 1 in its band. librosa's melspectrogram agrees to 3e-5 dB; it takes
+    twice the time and, since it keeps the whole complex spectrum, ten times the memory for ten minutes.
     """
     import scipy.fft
 
@@ -42,7 +46,7 @@ def mel_power(waveform: np.ndarray, sample_rate: int, hop: int) -> np.ndarray:
     parts = []
     for first in range(0, len(frames), 1024):
         spectrum = scipy.fft.rfft(frames[first : first + 1024] * taper, axis=1)
-        # librosa's filters are of equal area in Hz: here it is per bin that they add up.
+        # librosa's filters have equal areas in Hz; multiplied by this factor, they have them in bins.
         power = (spectrum.real**2 + spectrum.imag**2) @ _filters(sample_rate, window)
         parts.append(power * np.float32(sample_rate / window))
     return np.concatenate(parts)
@@ -59,7 +63,7 @@ def picture(waveform: np.ndarray, sample_rate: int, columns: int = 400) -> np.nd
     255 is the loudest cell and 0 is 80 dB below it.
     """
     window = frame_sizes(sample_rate)[0]
-    # Frames overlap however long the recording is; those that share a column are averaged.
+    # Frames always overlap, so that a long recording has several in each column: they are averaged.
     hop = min(max(len(waveform) // columns, 1), window // 2)
     power = mel_power(np.pad(waveform, (window // 2, window - window // 2 - 1)), sample_rate, hop)
     power = power[: max(1, len(waveform) // hop)]
@@ -71,14 +75,7 @@ def picture(waveform: np.ndarray, sample_rate: int, columns: int = 400) -> np.nd
 
 def colours(levels: np.ndarray) -> np.ndarray:
     """RGB, uint8 [height, width, 3], of a picture of levels."""
-    return _palette()[levels]
-
-
-@functools.lru_cache(maxsize=1)
-def _palette() -> np.ndarray:
-    from matplotlib import colormaps
-
-    return colormaps["magma"](np.arange(256), bytes=True)[:, :3]
+    return MAGMA[levels]
 
 
 def png(levels: np.ndarray) -> bytes:
@@ -86,6 +83,31 @@ def png(levels: np.ndarray) -> bytes:
     from PIL import Image
 
     image, file = Image.fromarray(levels, "P"), io.BytesIO()
-    image.putpalette(_palette().tobytes())
+    image.putpalette(MAGMA.tobytes())
     image.save(file, "PNG", optimize=True)
     return file.getvalue()
+
+
+# The palette magma, from the softest to the loudest (Stéfan van der Walt and Nathaniel Smith for matplotlib, CC0).
+MAGMA = np.frombuffer(
+    bytes.fromhex(
+        """
+        00000300000400000601000701010901010b02020d02020f03031104031304041505041706051907051b08061d09071f0a07220b0824
+        0c09260d0a280e0a2a0f0b2c100c2f110c31120d33140d35150e38160e3a170f3c180f3f1a10411b10441c10461e10491f114b20114d
+        2211502311522511552611572811592a115c2b115e2d10602f1062301065321067341068350f6a370f6c390f6e3b0f6f3c0f713e0f72
+        400f73420f74430f75450f76470f774810784a10794b10794d117a4f117b50127b52127c53137c55137d57147d58157e5a157e5b167e
+        5d177e5e177f60187f61187f63197f651a80661a80681b80691c806b1c806c1d806e1e816f1e81711f81731f81742081762181772181
+        7922817a22817c23817e24817f24818125818225818426818526818727818928818a28818c29808d29808f2a80912a80922b80942b80
+        952c80972c7f992d7f9a2d7f9c2e7f9e2e7e9f2f7ea12f7ea3307ea4307da6317da7317da9327cab337cac337bae347bb0347bb1357a
+        b3357ab53679b63679b83778b93778bb3877bd3977be3976c03a75c23a75c33b74c53c74c63c73c83d72ca3e72cb3e71cd3f70ce4070
+        d0416fd1426ed3426dd4436dd6446cd7456bd9466ada4769dc4869dd4968de4a67e04b66e14c66e24d65e44e64e55063e65162e75262
+        e85461ea5560eb5660ec585fed595fee5b5eee5d5def5e5df0605df1615cf2635cf3655cf3675bf4685bf56a5bf56c5bf66e5bf6705b
+        f7715bf7735cf8755cf8775cf9795cf97b5df97d5dfa7f5efa805efa825ffb8460fb8660fb8861fb8a62fc8c63fc8e63fc9064fc9265
+        fc9366fd9567fd9768fd9969fd9b6afd9d6bfd9f6cfda16efda26ffda470fea671fea873feaa74feac75feae76feaf78feb179feb37b
+        feb57cfeb77dfeb97ffebb80febc82febe83fec085fec286fec488fec689fec78bfec98dfecb8efdcd90fdcf92fdd193fdd295fdd497
+        fdd698fdd89afdda9cfddc9dfddd9ffddfa1fde1a3fce3a5fce5a6fce6a8fce8aafceaacfcecaefceeb0fcf0b1fcf1b3fcf3b5fcf5b7
+        fbf7b9fbf9bbfbfabdfbfcbf
+        """
+    ),
+    np.uint8,
+).reshape(256, 3)

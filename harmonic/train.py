@@ -1,19 +1,18 @@
-"""The training loop: from a prepared data set to a run's folder, interrupted and gone on with at will.
+"""The training loop: from a prepared data set to a run's folder. It may be interrupted and continued at any step.
 
-Over several processes each of them runs this loop, in step with the others; what is written and shown comes from
-process 0, but for checkpoints, which all of them write together.
+Several processes run this loop in step with one another. Process 0 writes and shows everything but the checkpoints,
+which all of them write together.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,72 +20,28 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from harmonic import audio, files, locks, models, processes
 from harmonic import mesh as meshes
-from harmonic.checkpoint import Checkpoints, check_architecture, load_run_config, load_weights, model_description
+from harmonic import models, processes
+from harmonic.checkpoint import Checkpoints, check_architecture, model_description
 from harmonic.config import Config
 from harmonic.data import Dataset, train_batches
 from harmonic.errors import UserError
-from harmonic.evaluate import evaluate_split
-from harmonic.generate import generate
-from harmonic.metrics import MetricsWriter, Progress
+from harmonic.evaluators import VALIDATION, Evaluator, evaluators_of
+from harmonic.metrics import MetricsWriter, Progress, Throughput
 from harmonic.models.base import Model
-from harmonic.records import MANIFEST_NAME
+from harmonic.run import Run, flatten
 from harmonic.step import TrainState, init_state, learning_rate, make_train_step
 
-_SAMPLES = 2  # generated each time that samples are due: as many as a small machine has cores
-_DIVERGED = 100  # skipped updates on end after which training is given up
-# What may differ when a run is continued: everything else decides its weights.
-_FREE = (
-    *("name", "evaluate", "generate", "mesh", "data.threads", "data.prefetch"),
-    *(
-        f"train.{name}"
-        for name in (
-            *("steps", "log_every", "validate_every", "checkpoint_every", "validation_recordings"),
-            *("segment_length", "accumulate", "sample_every", "sample_seconds", "wandb_project"),
-        )
-    ),
-)
+_DIVERGED = 100  # skipped updates in a row after which training is given up
+_PENDING = 100  # steps whose metrics are on the device at most
 
 
 class Interrupted(Exception):
-    """Training was asked to stop, and has saved. `signal` says by what."""
+    """Training was asked to stop, and has saved. `signal` is the signal's number."""
 
     def __init__(self, message: str, signal: int):
         super().__init__(message)
         self.signal = signal
-
-
-def place_batch(batch: dict[str, np.ndarray], config: Config, mesh: Mesh) -> dict[str, jax.Array]:
-    """A loader's batch as global arrays, tokens as [segments, batch, segment_length, channels].
-
-    Over several processes each gives what `mesh.process_part` says: the rows come to lie in another order, by process.
-    """
-    (segments, length), rows = config.segments, config.train.global_batch_size
-    tokens = batch["tokens"]
-    tokens = tokens.reshape(len(tokens), segments, -1, tokens.shape[-1]).swapaxes(0, 1)
-
-    def place(spec: jax.sharding.PartitionSpec, local: np.ndarray, *shape: int) -> jax.Array:
-        return jax.make_array_from_process_local_data(meshes.sharding(mesh, spec), local, shape)
-
-    placed = {name: place(meshes.ROWS, value, rows) for name, value in batch.items() if name != "tokens"}
-    return {"tokens": place(meshes.TOKENS, tokens, segments, rows, length, tokens.shape[-1]), **placed}
-
-
-@contextlib.contextmanager
-def _asked_to_stop() -> Iterator[list[int]]:
-    """A list that SIGTERM and SIGINT append to, while it is open (in the main thread)."""
-    caught: list[int] = []
-    try:
-        before = {s: signal.signal(s, lambda s, _: caught.append(s)) for s in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not the main thread: whoever started us handles signals
-        yield caught
-        return
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,257 +54,260 @@ class TrainResult:
     seconds: float
 
 
-def train(config: Config, data: str | Path, workdir: str | Path, *, init_from: str | None = None) -> TrainResult:
+@dataclasses.dataclass
+class Reached:
+    """What a run has reached. Every checkpoint holds it as JSON.
+
+    Attributes:
+      step: updates made or skipped.
+      best, best_step: the best validation, in bits per sample, and its step; None before the first.
+      seconds: of training, in all starts.
+      loss_sum, loss_count: of the finite losses since the last line of metrics.jsonl.
+      data: the data iterator's state; None before the first checkpoint.
+    """
+
+    step: int = 0
+    best: float | None = None
+    best_step: int | None = None
+    seconds: float = 0.0
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    data: Any = None
+
+    @classmethod
+    def from_meta(cls, meta: dict[str, Any]) -> Reached:
+        """Reads a checkpoint's JSON; "window" held the losses before only their sum was kept."""
+        losses = meta.get("window", [])
+        found = {field.name: meta[field.name] for field in dataclasses.fields(cls) if field.name in meta}
+        return cls(**{"loss_sum": sum(losses), "loss_count": len(losses), **found})
+
+    def take(self, pending: list[dict[str, jax.Array]]) -> dict[str, float]:
+        """Waits for the steps of which these are the metrics, adds up their losses, and forgets them.
+
+        Returns:
+          The last step's metrics.
+        """
+        steps = [{name: float(value) for name, value in step.items()} for step in jax.device_get(pending)]
+        pending.clear()
+        losses = [step["loss"] for step in steps if math.isfinite(step["loss"])]
+        self.loss_sum, self.loss_count = self.loss_sum + sum(losses), self.loss_count + len(losses)
+        return steps[-1] if steps else {}
+
+    def mean_loss(self) -> float | None:
+        """The mean loss since the last call; None if no loss was finite."""
+        mean = self.loss_sum / self.loss_count if self.loss_count else None
+        self.loss_sum, self.loss_count = 0.0, 0
+        return mean
+
+
+def train(
+    config: Config,
+    data: str | Path,
+    workdir: str | Path,
+    *,
+    init_from: str | None = None,
+    evaluators: Sequence[Evaluator] = (),
+) -> TrainResult:
     """Trains a run to its last step, from its latest checkpoint if it has one.
 
     Args:
-      config: of the run. Saved as config.json; a run is continued only with what would give the same weights.
+      config: of the run. Saved as config.json; a run is continued only with a config that gives the same weights.
       data: folder of the prepared data set.
       workdir: the run's folder.
-      init_from: another run's folder, whose best averaged weights this one starts from.
+      init_from: another run's folder; this run starts from its best averaged weights.
+      evaluators: looks at the weights besides those that the config asks for.
 
     Raises:
-      UserError: data, config, folder, processes or weights that do not go together, a folder that cannot be written,
-        or that another process writes to, or training that diverges.
+      UserError: data, config, folder, processes or weights do not fit together, the folder cannot be written or another
+        process writes to it, or training diverges.
       Interrupted: SIGTERM or SIGINT, to any process; everything is saved.
     """
     started = time.monotonic()
-    workdir, dataset = Path(workdir), Dataset(data)
-    check_agreement(config, dataset)
+    run, dataset = Run(workdir), Dataset(data)
+    given = {"config": dataclasses.asdict(config), "data set's fingerprint": dataset.manifest.fingerprint}
+    processes.check_same(flatten(given))
     lead = processes.current()[0] == 0
-    with locks.writing(workdir) if lead else contextlib.nullcontext():
-        return _train(config, dataset, workdir, init_from, started)
+    with run.writing() if lead else contextlib.nullcontext():
+        return _train(config, dataset, run, init_from, [*evaluators_of(config, dataset), *evaluators], started)
 
 
-def _train(config: Config, dataset: Dataset, workdir: Path, init_from: str | None, started: float) -> TrainResult:
-    lead = processes.current()[0] == 0
+def _train(
+    config: Config, dataset: Dataset, run: Run, init_from: str | None, evaluators: list[Evaluator], started: float
+) -> TrainResult:
+    lead, settings = processes.current()[0] == 0, config.train
     model = models.make(config.model, config.data.num_levels, dataset.manifest.channels)
     mesh = meshes.make_mesh(config.mesh)
     part = meshes.process_part(mesh)
     batches = train_batches(dataset, config, shard=part.rows, piece=part.piece)
-    check_workdir(workdir, config, dataset)
-    processes.gather("")  # all have looked, now it may be written
+    run.check(config, dataset.folder, dataset.manifest)
+    processes.gather("")  # no process writes before all have checked
     if lead:
-        prepare_workdir(workdir, config, dataset)
+        run.prepare(config, dataset.manifest)
 
-    checkpoints = Checkpoints(workdir)
+    with contextlib.ExitStack() as stack:
+        checkpoints = Checkpoints(run.folder)
+        stack.callback(checkpoints.close)
+        state, reached = _start(config, model, mesh, run, checkpoints, init_from)
+        if reached.step >= settings.steps:
+            return TrainResult(reached.step, reached.best_step, reached.best, reached.seconds)
+        if reached.data is not None:
+            batches.set_state(reached.data)
+        seconds_before = reached.seconds
+        step_function, rate = make_train_step(model, config, mesh), learning_rate(config)
+        key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=meshes.sharding(mesh, meshes.REPLICATED))()
+        writer = MetricsWriter(run.folder if lead else None, reached.step, config)
+        stack.callback(writer.close)
+        progress = Progress(
+            "train",
+            settings.steps,
+            initial=reached.step,
+            rate_unit="samples",
+            rate_scale=settings.global_batch_size * config.training_length,
+            stream=None if lead else stack.enter_context(open(os.devnull, "w")),
+        )
+        stack.callback(progress.close)
+        progress.say(f"training from step {reached.step:,}; the first step compiles")
+
+        def save(validation: float | None = None) -> None:
+            reached.take(pending)
+            reached.seconds = seconds_before + time.monotonic() - started
+            reached.data = batches.get_state()
+            meta = {"model": model_description(config), **dataclasses.asdict(reached)}
+            checkpoints.save(reached.step, state._asdict(), meta, validation)
+
+        caught = stack.enter_context(_asked_to_stop())
+        agreed, stop = meshes.Agreement(mesh), 0
+        pending: list[dict[str, jax.Array]] = []  # metrics of steps that may still run
+        shown, speed = reached.step, Throughput()
+        while reached.step < settings.steps and not (stop := agreed(max(caught, default=0))):
+            host_batch = next(batches)
+            with jax.profiler.StepTraceAnnotation("train", step_num=reached.step):
+                batch = place_batch(host_batch, config, mesh)
+                state, metrics = step_function(state, batch, key, place_step(reached.step, mesh))
+            step = reached.step = reached.step + 1
+            pending.append(metrics)
+            speed.add(int(host_batch["length"].sum()) * part.rows[1])  # other processes' rows are about as long
+
+            line_is_due = _due(step, settings.log_every, settings.steps)
+            if line_is_due or len(pending) >= _PENDING:
+                last, note = reached.take(pending), None
+                if line_is_due:
+                    loss = reached.mean_loss()
+                    line = {
+                        "loss": loss,
+                        "grad_norm": last["grad_norm"] if math.isfinite(last["grad_norm"]) else None,
+                        "learning_rate": float(rate(step - 1)),
+                        "samples_per_second": speed.rate(),
+                        "skipped": int(last["skipped"]),
+                    }
+                    writer.write("train", step, line)
+                    note = "loss not finite" if loss is None else f"{loss:.3f} bits/sample"
+                progress.update(step - shown, note)
+                shown = step
+                _check_divergence(last, config)
+
+            validation = None
+            for evaluator in evaluators:
+                if _due(step, evaluator.every, settings.steps):
+                    jax.block_until_ready(state)
+                    with speed.paused():
+                        figures = evaluator(model, _local_weights(config, state), step, writer)
+                    if figures:
+                        writer.write(evaluator.name, step, dict(figures))
+                        progress.say(f"step {step:,}: {evaluator.name} {_readable(figures)}")
+                    if evaluator.name == VALIDATION:
+                        validation = figures["bits_per_sample"]
+            if validation is not None and (reached.best is None or validation < reached.best):
+                reached.best, reached.best_step = validation, step
+            if reached.best_step == step or _due(step, settings.checkpoint_every, settings.steps):
+                jax.block_until_ready(state)
+                with speed.paused():
+                    save(validation)
+        if stop := stop or agreed(max(caught, default=0), wait=True):
+            save()
+            raise Interrupted(
+                f"stopped by {signal.Signals(stop).name} after step {reached.step:,}, saved; the same command goes on",
+                stop,
+            )
+    return TrainResult(reached.step, reached.best_step, reached.best, reached.seconds)
+
+
+def _start(
+    config: Config, model: Model, mesh: Mesh, run: Run, checkpoints: Checkpoints, init_from: str | None
+) -> tuple[TrainState, Reached]:
+    """The state and what the run has reached: of the latest checkpoint, or before the first step."""
     replicated = meshes.sharding(mesh, meshes.REPLICATED)
-    meta: dict[str, Any] = {"step": 0, "best": None, "best_step": None, "seconds": 0.0, "data": batches.get_state()}
     latest = checkpoints.step("latest")
     if latest is not None:
         meta = checkpoints.meta(latest)
-        check_architecture(meta["model"], config, str(workdir))
+        check_architecture(meta["model"], config, str(run.folder))
         abstract = jax.eval_shape(lambda: init_state(config, model))
         abstract = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=replicated), abstract)
-        state = TrainState(**checkpoints.restore(latest, abstract._asdict()))
-        batches.set_state(meta["data"])
-    else:
-        params = None
-        if init_from:
-            weights = load_weights(init_from)
-            check_architecture(model_description(weights.config), config, init_from)
-            params = jax.tree.map(np.asarray, weights.params)
-        state = jax.jit(lambda p: init_state(config, model, p), out_shardings=replicated)(params)
-    step = int(meta["step"])
-    if step >= config.train.steps:
-        checkpoints.close()
-        return TrainResult(step, meta["best_step"], meta["best"], meta["seconds"])
+        return TrainState(**checkpoints.restore(latest, abstract._asdict())), Reached.from_meta(meta)
+    params = None
+    if init_from:
+        trained = Run(init_from).weights()
+        check_architecture(model_description(trained.config), config, init_from)
+        params = jax.tree.map(np.asarray, trained.params)
+    return jax.jit(lambda p: init_state(config, model, p), out_shardings=replicated)(params), Reached()
 
-    step_function = make_train_step(model, config, mesh)
-    rate = learning_rate(config)
-    key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=replicated)()
-    samples_per_step = config.train.global_batch_size * config.training_length
-    writer = MetricsWriter(workdir if lead else None, step, config)
-    progress = Progress(
-        "train",
-        config.train.steps,
-        initial=step,
-        rate_unit="samples",
-        rate_scale=samples_per_step,
-        stream=None if lead else open(os.devnull, "w"),
-    )
-    progress.say(f"training from step {step:,}; the first step compiles")
-    window: list[dict[str, jax.Array]] = []
-    earlier = meta.get("window", [])  # losses since the last line that were made before this start
-    window_start, window_samples = time.monotonic(), 0
 
-    seconds = meta["seconds"]
+def place_batch(batch: dict[str, np.ndarray], config: Config, mesh: Mesh) -> dict[str, jax.Array]:
+    """A loader's batch as global arrays, tokens as [segments, batch, segment_length, channels].
 
-    def save(validation: float | None = None) -> None:
-        nonlocal seconds
-        seconds = meta["seconds"] + time.monotonic() - started
-        description = {"model": model_description(config), "data": batches.get_state()}
-        progress_made = {"step": step, "seconds": seconds, "window": earlier + _finite(window)}
-        checkpoints.save(step, state._asdict(), {**meta, **description, **progress_made}, validation)
+    Each of several processes gives the part that `mesh.process_part` says; the global rows are then ordered by process.
+    """
+    (segments, length), rows = config.segments, config.train.global_batch_size
+    tokens = batch["tokens"]
+    tokens = tokens.reshape(len(tokens), segments, -1, tokens.shape[-1]).swapaxes(0, 1)
 
+    def place(spec: jax.sharding.PartitionSpec, local: np.ndarray, *shape: int) -> jax.Array:
+        return jax.make_array_from_process_local_data(meshes.sharding(mesh, spec), local, shape)
+
+    placed = {name: place(meshes.ROWS, value, rows) for name, value in batch.items() if name != "tokens"}
+    return {"tokens": place(meshes.TOKENS, tokens, segments, rows, length, tokens.shape[-1]), **placed}
+
+
+def place_step(step: int, mesh: Mesh) -> jax.Array:
+    """A step's number on all devices, as int32: as an argument of NumPy's it would be an implicit transfer."""
+    value = np.int32(step)
+    return jax.make_array_from_callback((), meshes.sharding(mesh, meshes.REPLICATED), lambda _: value)
+
+
+@contextlib.contextmanager
+def _asked_to_stop() -> Iterator[list[int]]:
+    """A list that SIGTERM and SIGINT append to within the block (in the main thread)."""
+    caught: list[int] = []
     try:
-        with _asked_to_stop() as caught:
-            agreed, stop = meshes.Agreement(mesh), 0
-            while step < config.train.steps and not (stop := agreed(max(caught, default=0))):
-                host_batch = next(batches)
-                batch = place_batch(host_batch, config, mesh)
-                state, metrics = step_function(state, batch, key, np.int32(step))
-                step += 1
-                window.append(metrics)
-                window_samples += int(host_batch["length"].sum()) * part.rows[1]  # the others' rows are about as long
-                if _due(step, config.train.log_every, config.train.steps):
-                    values = {k: [float(m[k]) for m in window] for k in window[-1]}
-                    now = time.monotonic()
-                    finite = earlier + _finite(window)
-                    norm = values["grad_norm"][-1]
-                    line = {
-                        "loss": float(np.mean(finite)) if finite else None,
-                        "grad_norm": norm if math.isfinite(norm) else None,
-                        "learning_rate": float(rate(step - 1)),
-                        "samples_per_second": window_samples / (now - window_start),
-                        "skipped": int(values["skipped"][-1]),
-                    }
-                    writer.write("train", step, line)
-                    progress.update(len(window), f"{line['loss']:.3f} bits/sample" if finite else "loss not finite")
-                    if values["streak"][-1] >= _DIVERGED:
-                        raise UserError(
-                            f"training has diverged: the last {values['streak'][-1]:.0f} updates were skipped (loss "
-                            f"{values['loss'][-1]}, gradient norm {values['grad_norm'][-1]:.3g}); lower "
-                            f"train.learning_rate={config.train.learning_rate} and start a new workdir"
-                        )
-                    window, window_start, window_samples, earlier = [], now, 0, []
-                validation = None
-                if _due(step, config.train.validate_every, config.train.steps):
-                    validation = _validate(model, config, state, dataset)
-                    writer.write("validation", step, {"bits_per_sample": validation})
-                    progress.say(f"step {step:,}: validation {validation:.4f} bits/sample")
-                    if meta["best"] is None or validation < meta["best"]:
-                        meta |= {"best": validation, "best_step": step}
-                    window_start = time.monotonic()
-                if config.train.sample_every and _due(step, config.train.sample_every, config.train.steps):
-                    _write_samples(model, config, state, dataset, writer, step)
-                    window_start = time.monotonic()
-                if meta["best_step"] == step or _due(step, config.train.checkpoint_every, config.train.steps):
-                    save(validation)
-                    window_start = time.monotonic()
-            if stop := stop or agreed(max(caught, default=0), wait=True):
-                save()
-                name = signal.Signals(stop).name
-                raise Interrupted(f"stopped by {name} after step {step:,}, saved; the same command goes on", stop)
+        before = {s: signal.signal(s, lambda s, _: caught.append(s)) for s in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # another thread: the main thread handles signals
+        yield caught
+        return
+    try:
+        yield caught
     finally:
-        progress.close()
-        writer.close()
-        checkpoints.close()
-    return TrainResult(step, meta["best_step"], meta["best"], seconds)
-
-
-def _finite(window: list[dict[str, jax.Array]]) -> list[float]:
-    losses = (float(metrics["loss"]) for metrics in window)
-    return [loss for loss in losses if math.isfinite(loss)]
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def _validate(model: Model, config: Config, state: TrainState, dataset: Dataset) -> float:
-    """Bits per sample of the validation split: each process evaluates its share, on one of its devices."""
-    ours = evaluate_split(
-        model,
-        _local_weights(config, state),
-        dataset.split("validation"),
-        config,
-        limit=config.train.validation_recordings,
-        shard=processes.current(),
-        labels=dataset.labels(),
-    )
-    shares = [json.loads(text) for text in processes.gather(json.dumps([ours.nats, ours.samples]))]
-    nats, samples = (sum(numbers) for numbers in zip(*shares, strict=True))
-    return nats / math.log(2) / samples
-
-
 def _local_weights(config: Config, state: TrainState) -> Any:
-    """What is evaluated and sampled, on one of this process's devices."""
+    """The weights that are evaluated and sampled, on one of this process's devices."""
     return jax.tree.map(lambda v: v.addressable_data(0), state.ema if config.train.ema_decay else state.params)
 
 
-def _write_samples(
-    model: Model, config: Config, state: TrainState, dataset: Dataset, writer: MetricsWriter, step: int
-) -> None:
-    """Process 0 generates, from the same random numbers each time, and the others wait: training takes no notice."""
-    if processes.current()[0] == 0:
-        rate, data = dataset.manifest.sample_rate, config.data
-        chunks = generate(
-            model,
-            _local_weights(config, state),
-            batch=_SAMPLES,
-            length=max(1, round(config.train.sample_seconds * rate)),
-            seed=config.seed,
-            temperature=config.generate.temperature,
-            top_p=config.generate.top_p,
-        )
-        tokens = np.concatenate([chunk.tokens for chunk in chunks], axis=1)
-        waveforms = audio.decode(tokens[..., 0], data.encoding, num_levels=data.num_levels)
-        writer.write_sounds(step, waveforms, rate)
-    processes.gather("")  # a collective would not wait as long
-
-
-def check_agreement(config: Config, dataset: Dataset) -> None:
-    """Refuses processes that were not given the same config and data.
-
-    Raises:
-      UserError: names the first process that differs from process 0, and in what.
-    """
-    ours = {"config": dataclasses.asdict(config), "data set's fingerprint": dataset.manifest.fingerprint}
-    first, *others = (_flatten(json.loads(text)) for text in processes.gather(json.dumps(ours)))
-    for number, other in enumerate(others, 1):
-        differing = [
-            f"{path} is {other.get(path)!r} there and {value!r} in process 0"
-            for path, value in first.items()
-            if other.get(path) != value
-        ]
-        if differing:
-            raise UserError(f"process {number} was started with something else than process 0: {'; '.join(differing)}")
-
-
-def check_workdir(workdir: Path, config: Config, dataset: Dataset) -> None:
-    """Checks that a run's folder, where it is there, is this run's.
-
-    Raises:
-      UserError: it holds a run of another config or data set, or cannot be read.
-    """
-    if not (workdir / "config.json").exists():
-        return
-    differing = list(_differences(load_run_config(workdir), config))
-    if differing:
+def _check_divergence(last: dict[str, float], config: Config) -> None:
+    if last["streak"] >= _DIVERGED:
         raise UserError(
-            f"{workdir} holds a run of another config ({'; '.join(differing)}); give another --workdir, or the same "
-            "config"
+            f"training has diverged: the last {last['streak']:.0f} updates were skipped (loss {last['loss']}, gradient "
+            f"norm {last['grad_norm']:.3g}); lower train.learning_rate={config.train.learning_rate} and start a new "
+            "workdir"
         )
-    try:
-        theirs = json.loads((workdir / MANIFEST_NAME).read_text())["fingerprint"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"the run's folder {workdir} cannot be used: {error}") from error
-    if theirs != dataset.manifest.fingerprint:
-        raise UserError(f"{workdir} was trained on other data than {dataset.folder}; give another --workdir")
 
 
-def prepare_workdir(workdir: Path, config: Config, dataset: Dataset) -> None:
-    """Makes a run's folder with config.json and a copy of the data set's manifest.
-
-    Raises:
-      UserError: it cannot be written.
-    """
-    for name, text in ((MANIFEST_NAME, dataset.manifest.to_json()), ("config.json", config.to_json())):
-        files.write_whole(workdir / name, text)
-
-
-def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves of nested dictionaries by dotted path."""
-    if not isinstance(node, dict):
-        return {prefix: node}
-    return {k: v for name, child in node.items() for k, v in _flatten(child, f"{prefix}.{name}".strip(".")).items()}
-
-
-def _differences(old: Config, new: Config) -> Iterator[str]:
-    theirs, ours = (_flatten(dataclasses.asdict(c)) for c in (old, new))
-    allowed = *_FREE, *(f"model.{name}" for name in new.model.free)
-    for path, value in theirs.items():
-        free = any(path == name or path.startswith(f"{name}.") for name in allowed)
-        if ours.get(path) != value and not free:
-            yield f"{path} is {value!r} there and {ours.get(path)!r} here"
+def _readable(figures: Mapping[str, float]) -> str:
+    """Such as `3.1416 bits/sample`."""
+    return ", ".join(f"{value:.4f} {name.replace('_per_', '/').replace('_', ' ')}" for name, value in figures.items())

@@ -1,17 +1,36 @@
-"""Eight CPU devices, and a JAX that is strict about types, promotion and NaNs of shape."""
+"""Eight CPU devices, a strict JAX, programs that compile quickly, and the fixtures that several test files share.
+
+HARMONIC_OPTIMISED=1 compiles programs as a user's run does; the README's test command sets it for the tests marked
+`laws`, which hold the models' laws, and kernels to their references.
+"""
 
 import gc
+import importlib.util
+import mmap
 import os
 import tempfile
+from pathlib import Path
 
-_FLAGS = "--xla_force_host_platform_device_count=8"
+
+def _knows(flag):
+    """Whether this jaxlib has a flag of XLA's, which ends a process whose XLA_FLAGS has others."""
+    (library,) = Path(importlib.util.find_spec("jaxlib").origin).parent.glob("libjax_common.*")
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return data.find(b"\0" + flag.encode() + b"\0") >= 0
+
+
+_FLAGS = {"xla_force_host_platform_device_count": "8"}
 if not os.environ.get("HARMONIC_OPTIMISED"):
-    # Most of a test's time is compiling: LLVM's optimisations are not what is tested, and XLA's newer emitters of
-    # fusions take twice as long as its older ones.
-    _FLAGS += " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    # Compiling takes most of a test's time: without LLVM's optimisations, and with XLA's older emitters of fusions, it
+    # takes half of that.
+    _FLAGS |= {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": "false"}
 gc.set_threshold(200_000)  # collecting cycles is a quarter of tracing
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
+_ASKED = (os.environ.get("XLA_FLAGS", ""), *(f"--{flag}={value}" for flag, value in _FLAGS.items() if _knows(flag)))
+os.environ["XLA_FLAGS"] = " ".join(_ASKED)
 os.environ["JAX_PLATFORMS"] = "cpu"
+# A JAX that refuses implicit promotion, also in the processes that tests start.
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 # Tests and the processes that they start compile the same programs again and again.
 _CACHE = os.path.join(tempfile.gettempdir(), f"harmonic-tests-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE)
@@ -20,9 +39,6 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 import jax
 import numpy as np
 import pytest
-
-jax.config.update("jax_numpy_rank_promotion", "allow")
-jax.config.update("jax_numpy_dtype_promotion", "standard")
 
 
 @pytest.fixture
@@ -78,6 +94,18 @@ def tiny_data(tmp_path_factory, make_dataset):
     """A prepared data set of twelve short recordings."""
     lengths = [900, 350, 700, 401, 90, 1_200, 640, 1_000, 777, 20, 333, 444]
     return make_dataset(tmp_path_factory.mktemp("tiny"), "tiny", lengths)
+
+
+@pytest.fixture(scope="session")
+def reference_run(tiny_data, tmp_path_factory):
+    """The folder of a run that was never interrupted; for reading."""
+    from tiny import config
+
+    from harmonic.train import train
+
+    workdir = tmp_path_factory.mktemp("run") / "reference"
+    assert train(config(), tiny_data, workdir).step == 6
+    return workdir
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from test_full_run import refused, run
+from mains import refused, run
 
 from harmonic.config import Config, override
 

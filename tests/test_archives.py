@@ -1,7 +1,5 @@
 """Archives and folders that lie elsewhere, and tars: what is read of them, what is not followed, what is refused."""
 
-import bz2
-import gzip
 import io
 import lzma
 import os
@@ -17,8 +15,8 @@ import fsspec
 import numpy as np
 import pytest
 import soundfile
+from archives import PACK, sc09, tar_bytes, wav, write_folder, write_zip, zip_bytes
 from hub_server import Fault, Hub
-from test_sources import sc09_files, wav, write_files, write_zip
 
 from harmonic.errors import UserError
 from pipelines import limits
@@ -30,7 +28,6 @@ from pipelines.sources.layouts import data_set
 
 ROOT = Path(__file__).parent.parent
 FILES = {f"tape/{side}/{i}.wav": wav(3_000 + i, seed=i) for side in "ab" for i in range(10)}
-PACK = {"tar": bytes, "tar.gz": gzip.compress, "tar.bz2": bz2.compress, "tar.xz": lzma.compress}
 
 
 @pytest.fixture(autouse=True)
@@ -50,18 +47,6 @@ def bucket():
     yield files
     files.store.clear()
     files.pseudo_dirs[:] = [""]
-
-
-def tar_bytes(files, kind="tar", form=tarfile.PAX_FORMAT):
-    """A tar of files; a value may be a TarInfo, without data."""
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w", format=form) as archive:
-        for name, data in files.items():
-            info = data if isinstance(data, tarfile.TarInfo) else tarfile.TarInfo(name)
-            if info is not data:
-                info.size = len(data)
-            archive.addfile(info, None if info is data else io.BytesIO(data))
-    return PACK[kind](packed.getvalue())
 
 
 def link(name, target, kind=tarfile.SYMTYPE):
@@ -112,8 +97,8 @@ def test_a_zip_behind_http_is_read_by_parts(tmp_path):
 
 
 def test_sc09_out_of_a_zip_in_a_bucket(tmp_path, bucket):
-    files = sc09_files()
-    bucket.pipe("/bucket/sc09.zip", write_zip(tmp_path / "a.zip", files).read_bytes())
+    files = sc09()
+    bucket.pipe("/bucket/sc09.zip", zip_bytes(files, zipfile.ZIP_DEFLATED))
     source = open_source(data_set("sc09"), "memory://bucket/sc09.zip")
     assert read_all(source) == {k.removeprefix("sc09/"): v for k, v in files.items() if k.endswith(".wav")}
     assert {r.split for r in source.list()} == {"train", "validation", "test"}
@@ -178,7 +163,7 @@ def test_bad_places(tmp_path, bucket):
 def test_a_bucket_s_folder(tmp_path, bucket):
     for name, data in (FILES | {"tape/.hidden/x.wav": b"", "tape/cover.jpg": b"x"}).items():
         bucket.pipe(f"/bucket/in/{name}", data)
-    local = open_source(data_set("mine"), str(write_files(tmp_path / "f", FILES)))
+    local = open_source(data_set("mine"), str(write_folder(tmp_path / "f", FILES)))
     for url in ("memory://bucket/in", "memory://bucket/in/tape/"):
         source = open_source(data_set("mine"), url)
         assert source.list() == local.list()
@@ -195,7 +180,7 @@ def test_a_bucket_s_folder(tmp_path, bucket):
 @pytest.mark.parametrize("blocks", [0, 1, 2])
 @pytest.mark.parametrize("name", ["0.wav", "0.flac"])
 def test_a_local_file_that_fails_while_it_is_read_is_not_cut_short(tmp_path, monkeypatch, name, blocks):
-    folder = write_files(tmp_path / "f", {f"{i}.wav": b"" for i in range(3)})
+    folder = write_folder(tmp_path / "f", {f"{i}.wav": b"" for i in range(3)})
     soundfile.write(folder / name, np.random.default_rng(0).normal(0, 0.1, 500_000), 16_000)
     file = open_source(data_set("mine"), str(folder)).open(name)
     add, added = Extent.add, []
@@ -218,7 +203,7 @@ def test_a_local_file_that_fails_while_it_is_read_is_not_cut_short(tmp_path, mon
 
 
 def test_a_pipe_among_the_recordings_is_not_waited_for(tmp_path):
-    folder = write_files(tmp_path / "f", FILES)
+    folder = write_folder(tmp_path / "f", FILES)
     os.mkfifo(folder / "tape/pipe.wav")
     with pytest.raises(Unreadable, match="is not a regular file"):
         open_source(data_set("mine"), str(folder)).open("pipe.wav")

@@ -2,14 +2,14 @@
 
 import errno
 import hashlib
-import io
 import os
 
 import numpy as np
 import pytest
-from apache_beam.io.filesystem import BeamIOError, CompressionTypes, FileMetadata, FileSystem
+from apache_beam.io.filesystem import BeamIOError
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordReader
+from memory_files import FILES
 
 from harmonic import records
 from harmonic.errors import UserError, one_line
@@ -19,74 +19,6 @@ from pipelines.beam import sink, steps
 from pipelines.beam.sink import WrittenShard
 from pipelines.build import PrepareSpec, new_manifest, prepare
 from pipelines.paths import is_local
-
-FILES: dict[str, bytes] = {}
-
-
-class MemoryFileSystem(FileSystem):
-    """`memory://...`: stands for a bucket, which has no folders and no local paths."""
-
-    @classmethod
-    def scheme(cls):
-        return "memory"
-
-    def join(self, basepath, *paths):
-        return "/".join([basepath.rstrip("/"), *paths])
-
-    def split(self, path):
-        return path.rpartition("/")[::2]
-
-    def mkdirs(self, path):
-        pass
-
-    def has_dirs(self):
-        return False
-
-    def _list(self, dir_or_prefix):
-        for path in sorted(FILES):
-            if path.startswith(dir_or_prefix):
-                yield self.metadata(path)
-
-    def create(self, path, mime_type="", compression_type=CompressionTypes.AUTO):
-        class Upload(io.BytesIO):
-            def close(self):
-                if not self.closed:
-                    FILES[path] = self.getvalue()
-                super().close()
-
-        return Upload()
-
-    def open(self, path, mime_type="", compression_type=CompressionTypes.AUTO):
-        return io.BytesIO(FILES[path])
-
-    def copy(self, sources, destinations):
-        for source, destination in zip(sources, destinations, strict=True):
-            FILES[destination] = FILES[source]
-
-    def rename(self, sources, destinations):
-        self.copy(sources, destinations)
-        for source in sources:
-            del FILES[source]
-
-    def exists(self, path):
-        return path in FILES
-
-    def size(self, path):
-        return len(FILES[path])
-
-    def last_updated(self, path):
-        return 0
-
-    def checksum(self, path):
-        return hashlib.sha256(FILES[path]).hexdigest()
-
-    def metadata(self, path):
-        return FileMetadata(path, len(FILES[path]))
-
-    def delete(self, paths):
-        for path in paths:
-            for name in [name for name in FILES if name == path or (path.endswith("/") and name.startswith(path))]:
-                del FILES[name]
 
 
 @pytest.fixture(params=["local", "remote"])

@@ -41,7 +41,7 @@ def test_raw_files_give_what_records_give(make_dataset, tmp_path):
 def test_hours_with_the_memory_of_each_process():
     run, *memory = bench_hours.suite(0.02, long_seconds=20, processes=2, minute=1)
     assert run["hours"] >= 0.02 and run["longest_seconds"] == 20 and run["recordings"] == 36 + 2
-    assert [row["process"] for row in memory] == ["launcher", "worker 0", "worker 1"]
+    assert [row["process"] for row in memory] == ["launcher", "server of workers", "worker 0", "worker 1"]
     for row in memory:
         assert min(row["peak_bytes_by_minute"]) > 0 and max(row["peak_bytes_by_minute"]) > 100 << 20
         assert row["highest_over_lowest_after_first_minute"] >= 1

@@ -11,7 +11,8 @@ import zipfile
 import numpy as np
 import pytest
 import soundfile
-from prepared import ROOT, mine, wav
+from archives import mine, wav
+from mains import ROOT
 
 _CHILD = """
 import json, resource, sys

@@ -17,6 +17,7 @@ from harmonic.kernels.pallas import cg_lru as pallas_cg_lru
 from harmonic.kernels.pallas import gpu, scan, tpu
 from harmonic.kernels.target import compiling_for
 
+pytestmark = pytest.mark.laws
 # Relative to each array's largest value. Inputs of bfloat16 also round h, from which the gradients are computed.
 TOLERANCE = {"float32": 2e-5, "float64": 1e-12, "bfloat16": 2e-2}
 PLATFORMS = ["pallas_gpu", "pallas_tpu"]

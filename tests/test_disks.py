@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from prepared import mine, write_folder
+from archives import mine, write_folder
 from tiny import config
 
 from harmonic import files, records

@@ -1,70 +1,30 @@
 """Several processes: laws 3, 5 and 6 over them, and what goes wrong. Real processes over loopback."""
 
-import contextlib
-import os
+import json
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import group
 import jax
 import numpy as np
 import pytest
+from mains import ROOT, ended, free_address, pair, started, train_command
 from tiny import config
 
 from harmonic import processes
 from harmonic import train as training
-from harmonic.checkpoint import Checkpoints, load_weights
+from harmonic.checkpoint import Checkpoints
 from harmonic.errors import UserError
 from harmonic.mesh import SEQ, process_part
 from harmonic.metrics import read_metrics
+from harmonic.run import Run
 
-ROOT = Path(__file__).parents[1]
 REFUSED = 2
 SLURM = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "here", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
-
-
-def free_address():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{free.getsockname()[1]}"
-
-
-@contextlib.contextmanager
-def started(*commands, devices=4):
-    """The processes of command lines."""
-    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"]).strip()
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    running = [subprocess.Popen([sys.executable, *map(str, command)], env=environment, **pipes) for command in commands]
-    try:
-        yield running
-    finally:
-        for process in running:
-            process.kill()
-            process.communicate()
-
-
-def ended(running):
-    """(status, output, errors) of each, once all have ended."""
-    outputs = [process.communicate(timeout=900) for process in running]
-    return [(process.returncode, *output) for process, output in zip(running, outputs, strict=True)]
-
-
-def train_command(path, workdir, data, *others):
-    return ["-m", "workflows.train", f"--config={path}", f"--workdir={workdir}", f"--data_dir={data.parent}", *others]
-
-
-def pair(command, *others):
-    """A command as each of two processes, which may differ in their last flags."""
-    address = free_address()
-    for index, own in enumerate(others or ((), ())):
-        yield [*command, f"--coordinator_address={address}", "--num_processes=2", f"--process_index={index}", *own]
 
 
 @pytest.fixture
@@ -89,6 +49,7 @@ def wait_for(workdir, lines, running):
         time.sleep(0.02)
 
 
+@pytest.mark.laws
 @pytest.mark.parametrize("which", ["some", pytest.param("all", marks=pytest.mark.slow)])
 def test_processes_are_invisible(tiny_data, tmp_path, which):
     """Law 3: loss and gradient of two processes of four devices are those of one device."""
@@ -127,7 +88,7 @@ def test_interrupted_on_two_processes_and_gone_on_with_on_one(tiny_data, tmp_pat
     for one, other in zip(ours, theirs, strict=True):
         for name in {"loss", "grad_norm", "bits_per_sample"} & set(one):
             assert one[name] == pytest.approx(other[name], rel=2e-4), (one, other)
-    one, other = (load_weights(folder, "latest").params for folder in (workdir, tmp_path / "alone"))
+    one, other = (Run(folder).weights("latest").params for folder in (workdir, tmp_path / "alone"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), one, other)
 
 
@@ -190,6 +151,16 @@ def test_a_single_process_is_left_alone(monkeypatch):
     processes.initialise()
     processes.initialise("here:1", 1, 0)
     assert processes.current() == (0, 1) and processes.gather("x") == ["x"]
+
+
+def test_values_that_differ_are_named(monkeypatch):
+    ours = {"seed": 0, "sizes": (1, 2)}
+    texts = [json.dumps(ours), json.dumps({**ours, "seed": 3})]
+    monkeypatch.setattr(processes, "gather", lambda text: [text, texts[0]])
+    processes.check_same(ours)
+    monkeypatch.setattr(processes, "gather", lambda text: [text, *texts])
+    with pytest.raises(UserError, match=r"process 2 was started with .*: seed is 3 there and 0 in process 0"):
+        processes.check_same(ours)
 
 
 @pytest.mark.parametrize(

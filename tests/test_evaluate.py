@@ -13,16 +13,18 @@ import pytest
 from tiny import MODEL, config, parameters
 
 import harmonic.evaluate
-from harmonic.checkpoint import load_weights
+from harmonic import stages
 from harmonic.config import Config, override
 from harmonic.data import Dataset
 from harmonic.errors import UserError
 from harmonic.evaluate import baselines, evaluate_split
+from harmonic.files import write_json
 from harmonic.models import make
+from harmonic.run import Run
 from harmonic.train import train
-from workflows import stages
 
 
+@pytest.mark.laws
 @pytest.mark.parametrize(("batch", "segment"), [(1, 6), (4, 300), (64, 10_000)])
 def test_every_sample_counts_once(x64, tiny_data, batch, segment):
     """Law 6: the likelihood of a split is the same whatever the batch and the segments."""
@@ -128,7 +130,7 @@ def test_contexts_are_separate_windowed_figures(run, tiny_data, asked):
     figures = stages.evaluate_run(run, tiny_data, split="train", contexts=(0.05, 0.01, 9, 0.05, 0.075))
     assert asked == [0, 800, 160]
     assert noted(run) == {"train": figures}
-    weights, split = load_weights(run), Dataset(tiny_data).split("train")
+    weights, split = Run(run).weights(), Dataset(tiny_data).split("train")
     longest = int(split.lengths.max())
     rows = figures["contexts"]
     assert [row["context_samples"] for row in rows] == [160, 800, longest]
@@ -152,7 +154,7 @@ def test_without_contexts_there_are_none(run, tiny_data, asked):
 
 def test_an_interrupted_evaluation_goes_on(run, tiny_data, asked, monkeypatch):
     counted = stages.evaluate_split
-    manifest, step = Dataset(tiny_data).manifest, load_weights(run).step
+    manifest, step = Dataset(tiny_data).manifest, Run(run).weights().step
 
     def interrupted(*args, reset_every, **named):
         if reset_every == 160:
@@ -187,16 +189,16 @@ def test_figures_of_other_weights_or_data_are_not_kept(run, tiny_data, asked, na
     stages.evaluate_run(run, tiny_data, contexts=(0.01,))
     changed = noted(run)
     changed["test"][name] = 17
-    stages.write_json(run / "evaluation.json", changed)
+    write_json(run / "evaluation.json", changed)
     if name != "weights":
-        assert stages.evaluation(run, Dataset(tiny_data).manifest, load_weights(run).step) is None
+        assert stages.evaluation(run, Dataset(tiny_data).manifest, Run(run).weights().step) is None
     stages.evaluate_run(run, tiny_data, contexts=(0.005,))
     assert asked == [0, 160, 0, 80]
     assert [row["context_samples"] for row in noted(run)["test"]["contexts"]][:-1] == [80]
 
 
 def test_nothing_noted_is_no_evaluation(run, tiny_data, asked):
-    assert stages.evaluation(run, Dataset(tiny_data).manifest, load_weights(run).step) is None
+    assert stages.evaluation(run, Dataset(tiny_data).manifest, Run(run).weights().step) is None
 
 
 def test_contexts_and_reset_every_exclude_each_other(tmp_path):

@@ -17,16 +17,18 @@ import safetensors.numpy
 import soundfile
 import yaml
 from hub_server import hub_environment
+from mains import ROOT
 from model_hub_server import TOKENS, ModelHub, take_for_models
-from prepared import ROOT
 from tiny import config
 
 import harmonic
 from harmonic import hub, pretrained
-from harmonic.checkpoint import Checkpoints, load_weights, model_description
+from harmonic.checkpoint import Checkpoints, model_description
 from harmonic.errors import UserError
 from harmonic.export import export_run
 from harmonic.model_card import public_command, public_source
+from harmonic.models import make
+from harmonic.run import Run
 from harmonic.step import init_state
 
 
@@ -37,7 +39,7 @@ def make_run(tiny_data, tmp_path_factory):
     ours = config("generate.temperature=0.9")
     untrained = jax.jit(lambda: init_state(ours, make(ours.model)))()._asdict()
 
-    def make(change=lambda state: state, step=7):
+    def folder_of(change=lambda state: state, step=7):
         folder = tmp_path_factory.mktemp("run")
         (folder / "config.json").write_text(ours.to_json())
         shutil.copy(tiny_data / "manifest.json", folder)
@@ -46,7 +48,7 @@ def make_run(tiny_data, tmp_path_factory):
         checkpoints.close()
         return folder
 
-    return make
+    return folder_of
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +128,7 @@ def test_from_a_run_to_the_hub_and_back_to_the_same_audio(run, the_hub, tmp_path
     model = harmonic.load("someone/tiny")
     fetched = {path.rsplit("/", 1)[-1] for method, path in the_hub.requests if "/resolve/" in path}
     assert fetched == {"model.safetensors", "config.json"}
-    weights = load_weights(run)
+    weights = Run(run).weights()
     assert (model.config, model.sample_rate) == (weights.config, 16_000)
     same(model.params, weights.params)
     assert model.about["weights"]["kind"] == "ema" and model.about["weights"]["step"] == 7
@@ -157,7 +159,7 @@ def test_the_file_has_documented_names_and_the_average(run, exported):
     expected |= {f"{way}_pool_{i}.{name}" for way in ("down", "up") for i in (0, 1) for name in ("bias", "kernel")}
     expected |= {"head.dense.bias", "head.dense.kernel", "head.norm.bias", "head.norm.scale"}
     assert set(arrays) == expected
-    np.testing.assert_array_equal(arrays["head.dense.kernel"], load_weights(run).params["head"]["dense"]["kernel"])
+    np.testing.assert_array_equal(arrays["head.dense.kernel"], Run(run).weights().params["head"]["dense"]["kernel"])
 
 
 def test_raw_weights(make_run, tmp_path):
@@ -167,7 +169,7 @@ def test_raw_weights(make_run, tmp_path):
     run = make_run(raw)
     export_run(run, tmp_path / "raw", raw=True, num_samples=0)
     model = harmonic.load(tmp_path / "raw")
-    same(model.params, load_weights(run, raw=True).params)
+    same(model.params, Run(run).weights(raw=True).params)
     assert model.about["weights"]["kind"] == "params" and "the raw ones" in (tmp_path / "raw/README.md").read_text()
 
 
@@ -212,7 +214,7 @@ def test_the_card(run, tmp_path, tiny_data):
     assert not {"license", "model-index"} & set(yaml.safe_load(front))
     assert "4.250" not in text and "FID" not in text and "not evaluated" in text
     assert "workflows.train --config=config.json" in text
-    assert harmonic.config.load_config(str(tmp_path / "tiny" / "config.json")) == load_weights(run).config
+    assert harmonic.config.load_config(str(tmp_path / "tiny" / "config.json")) == Run(run).weights().config
 
 
 def test_the_cards_lines_generate(exported, monkeypatch):
@@ -256,8 +258,11 @@ def test_generate_and_stream(exported, tmp_path):
     assert continued.shape == (2, 3_200) and abs(continued[:, :1_000]).max() == 1  # scaled to its own extremes
     np.testing.assert_array_equal(continued, model.generate(prompt=str(tmp_path / "p.wav"), **settings))
     np.testing.assert_array_equal(continued, model.generate(prompt=np.stack([prompt] * 2), **settings))
-    one_scale = dataclasses.replace(model, loudness=-23.0)
-    assert 0.45 < abs(next(one_scale.stream(prompt=prompt, **settings))).max() < 0.55
+    # Where recordings are on one scale, at a loudness, a prompt is brought to it: half as loud, it is the same.
+    quiet, loud = (dataclasses.replace(model, loudness=loudness) for loudness in (-29.0, -23.0))
+    peaks = [abs(next(one.stream(prompt=prompt, **settings))).max() for one in (quiet, loud)]
+    assert peaks[1] < 0.9 and peaks[1] / peaks[0] == pytest.approx(10 ** (6 / 20), rel=0.1)
+    np.testing.assert_array_equal(*(next(loud.stream(prompt=factor * prompt, **settings)) for factor in (1, 0.5)))
 
     soundfile.write(tmp_path / "8.wav", prompt, 8_000)
     for settings, said in (

@@ -13,15 +13,16 @@ import pytest
 import soundfile
 from tiny import config
 
+from harmonic import stages
 from harmonic import train as training
-from harmonic.checkpoint import Checkpoints, load_weights
+from harmonic.checkpoint import Checkpoints
 from harmonic.data import Dataset, train_batches
 from harmonic.errors import UserError
 from harmonic.metrics import read_metrics
 from harmonic.models import make
+from harmonic.run import Run
 from harmonic.step import init_state
 from pipelines.build import PrepareSpec, prepare
-from workflows import stages
 
 ROOT = Path(__file__).parents[1]
 
@@ -80,20 +81,20 @@ def test_every_file_of_a_checkpoint_is_watched(run, capsys):
             assert f"checkpoint 6 in {run / 'checkpoints'} is damaged: " in said, path
             assert "; it is left out, and 4 is used" in said and said.count("\n") == 1
             path.write_bytes(whole)
-    assert load_weights(run, "latest").step == 6 and capsys.readouterr().err == ""
+    assert Run(run).weights("latest").step == 6 and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("which", ["latest", "best"])
 def test_weights_of_a_damaged_checkpoint_are_the_next_ones(run, capsys, which):
-    step, other = load_weights(run, which).step, {4: 6, 6: 4}
+    step, other = Run(run).weights(which).step, {4: 6, 6: 4}
     flip(max(files_of(run / "checkpoints" / str(step) / "ema"), key=lambda path: path.stat().st_size))
-    assert load_weights(run, which).step == other[step]
+    assert Run(run).weights(which).step == other[step]
     assert f"it is left out, and {other[step]} is used" in capsys.readouterr().err
     with pytest.raises(UserError, match=rf"checkpoint {step} in .* is damaged: ema/.* and no other can take its place"):
-        load_weights(run, str(step))
+        Run(run).weights(str(step))
     flip(files_of(run / "checkpoints" / str(other[step]) / "params")[0], 0)
     with pytest.raises(UserError, match="bring one back from a copy, or give another --workdir"):
-        load_weights(run, which)
+        Run(run).weights(which)
 
 
 def remove_a_file(latest):
@@ -284,7 +285,7 @@ def test_nothing_but_nan_stops_training(two_tokens, tmp_path, monkeypatch):
 
 def test_figures_of_weights_trained_again_to_the_same_step_are_not_kept(run, tiny_data):
     stages.evaluate_run(run, tiny_data)
-    weights, manifest = load_weights(run), Dataset(tiny_data).manifest
+    weights, manifest = Run(run).weights(), Dataset(tiny_data).manifest
     known = {"weights_sha256": weights.sha256}
     assert stages.evaluation(run, manifest, weights.step, **known)["weights_sha256"] == weights.sha256
     assert stages.evaluation(run, manifest, weights.step, weights_sha256="of others") is None

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from mains import refused, run
 
 from harmonic import audio
 
@@ -30,24 +31,6 @@ def get_config():
         generate=GenerateConfig(num_samples=2, seconds=0.05, num_continuations=1, prompt_seconds=0.02),
     )
 """
-
-
-def run(*args, cwd, check=True):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, "-m", *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
-    if check:
-        assert done.returncode == 0, done.stderr
-    return done
-
-
-def refused(*args, cwd):
-    """The one line of a refusal."""
-    done = run(*args, cwd=cwd, check=False)
-    assert done.returncode == 2, (done.returncode, done.stderr)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
-    return errors[0]
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +159,7 @@ def test_generate_continues_a_prompt(place, finished):
     # The prompt comes back as the data set's encoding gives it: at its own full scale.
     assert np.abs(waveforms[0][:800]).max() == pytest.approx(1, abs=0.01)
 
-    assert "--seconds=0.1 counts prompt and continuation" in refused(
+    assert "seconds=0.1 counts prompt and continuation" in refused(
         *generate, "--prompt=prompt.wav", "--seconds=0.1", cwd=place
     )
     soundfile.write(place / "fast.wav", np.zeros(100), 44_100)

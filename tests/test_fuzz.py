@@ -24,10 +24,11 @@ import hostile
 import numpy as np
 import pytest
 import soundfile
+from archives import wav, write_zip
 from hostile import CASES, JSON, TEXT, changed_json, damaged, fuzz
 from hypothesis import given
 from hypothesis import strategies as st
-from prepared import run_main, wav, write_zip
+from mains import run_main
 
 from harmonic import config, data, records
 from harmonic.config import Config, load_config

@@ -7,40 +7,16 @@ import json
 import pickle
 import zipfile
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import soundfile
+from archives import parquet, wav
 from hub_server import COMMIT, Fault, Hub, take_for_the_hub
 
 from harmonic.errors import UserError
 from pipelines.errors import Unreadable
 from pipelines.sources import open_source
 from pipelines.sources.layouts import data_set
-
-
-def wav(samples, seed=0):
-    file = io.BytesIO()
-    soundfile.write(file, np.random.default_rng(seed).normal(0, 0.1, samples), 16_000, format="WAV")
-    return file.getvalue()
-
-
-def parquet(numbers, rows=4, *, typed=True, column="audio", **options):
-    """A Parquet file with one recording for each number, as `datasets` writes it, or as plain Arrow."""
-    import datasets
-
-    audio = [{"bytes": wav(1000 + n, n), "path": f"{n}.wav"} for n in numbers]
-    columns = {"text": [str(n) for n in numbers], column: audio, "label": [n % 2 for n in numbers]}
-    kinds = {
-        "text": datasets.Value("string"),
-        column: datasets.Audio(),
-        "label": datasets.ClassLabel(names=["no", "yes"]),
-    }
-    table = pa.table(columns, schema=datasets.Features(kinds).arrow_schema) if typed else pa.table(columns)
-    file = io.BytesIO()
-    pq.write_table(table, file, row_group_size=rows, **options)
-    return file.getvalue()
 
 
 @pytest.fixture
@@ -93,7 +69,7 @@ def test_rows_with_their_own_splits_and_labels(serve):
         f"data/train-00000-of-00002.parquet#{group}" for group in range(3)
     }
     assert all(2_000 < r.size < 5_000 for r in recordings)
-    assert list(read_all(source).values()) == [wav(1000 + n, n) for n in numbers]
+    assert list(read_all(source).values()) == [wav(1000 + n, seed=n) for n in numbers]
     assert source.fingerprint() == open_hf().fingerprint() != open_hf(f"hf:some/thing:default@{COMMIT}").fingerprint()
 
 
@@ -104,12 +80,12 @@ def test_a_row_group_is_read_once_and_not_in_one_piece(serve):
     hub.requests.clear()
     for recording in recordings[100:]:
         source.open(recording.id).close()
-    audio = sum(len(wav(1000 + n, n)) for n in range(100, 200))
+    audio = sum(len(wav(1000 + n, seed=n)) for n in range(100, 200))
     assert len(hub.gets()) <= 6 and hub.sent() < 1.2 * audio + 70_000
     # Backwards and far apart it still gives what was asked for.
     for row in (150, 3, 199, 150, 149, 0):
         with source.open(f"train.parquet/{row}") as file:
-            assert file.read() == wav(1000 + row, row)
+            assert file.read() == wav(1000 + row, seed=row)
     source.close()
 
 
@@ -148,14 +124,14 @@ def test_columns_that_do_not_say_that_they_are_audio(serve):
     serve({"train.parquet": parquet(range(8), typed=False, column="sound")})
     source = open_hf()
     assert [r.label for r in source.list()] == ["0", "1"] * 4
-    assert list(read_all(source).values()) == [wav(1000 + n, n) for n in range(8)]
-    table = pa.table({"audio": [wav(10 + n, n) for n in range(5)] + [None]})
+    assert list(read_all(source).values()) == [wav(1000 + n, seed=n) for n in range(8)]
+    table = pa.table({"audio": [wav(10 + n, seed=n) for n in range(5)] + [None]})
     file = io.BytesIO()
     pq.write_table(table, file)
     serve({"train.parquet": file.getvalue()})
     source = open_hf()
     with source.open("train.parquet/4") as row:
-        assert row.read() == wav(14, 4)
+        assert row.read() == wav(14, seed=4)
     assert [r.label for r in source.list()] == [None] * 6
     with pytest.raises(Unreadable, match="has a row that holds no audio"):
         source.open("train.parquet/5")
@@ -179,7 +155,7 @@ def test_a_network_that_fails_for_a_while(serve):
     for recording in recordings:
         with source.open(recording.id) as file:
             number = int(recording.id.rpartition("/")[2])
-            assert file.read() == wav(1000 + number, number)
+            assert file.read() == wav(1000 + number, seed=number)
     assert not hub.faults
     source.close()
     hub.faults[:] = [None] * 2 + [Fault(after=0)] * 50
@@ -202,7 +178,7 @@ def test_damaged_rows_are_told(serve):
 
 def folder_files():
     places = [f"{split}/{label}/{i}.wav" for split in ("train", "test") for label in ("cat", "dog") for i in range(4)]
-    return {place: wav(100, number) for number, place in enumerate(places)}
+    return {place: wav(100, seed=number) for number, place in enumerate(places)}
 
 
 def test_audio_files_with_folders_for_labels(serve):
@@ -218,7 +194,7 @@ def test_audio_files_with_folders_for_labels(serve):
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_audio_files_with_a_table_of_labels(serve, kind):
-    files = {f"data/{i}.wav": wav(100, i) for i in range(6)} | {"data/deeper/6.wav": wav(100, 6)}
+    files = {f"data/{i}.wav": wav(100, seed=i) for i in range(6)} | {"data/deeper/6.wav": wav(100, seed=6)}
     rows = [{"file_name": name.removeprefix("data/"), "text": "", "label": f"of {name}"} for name in [*files][1:]]
     if kind == "csv":
         text = io.StringIO()

@@ -9,21 +9,30 @@ from pathlib import Path
 
 import pytest
 
+from harmonic import models
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("configs", "harmonic", "pipelines", "workflows")
 ALLOWED = {
     "harmonic": {"harmonic"},
-    "configs": {"configs", "harmonic.config", "harmonic.errors"},
+    "configs": {
+        "configs",
+        "harmonic.config",
+        "harmonic.errors",
+        "harmonic.published",
+        "harmonic.study.plan",
+        "harmonic.models",
+    },
     "pipelines": {
         "pipelines",
-        *(f"harmonic.{name}" for name in ("audio", "errors", "files", "locks", "loudness", "records")),
+        *(f"harmonic.{name}" for name in ("audio", "errors", "files", "locks", "loudness", "models", "records")),
     },
     "workflows": {"workflows", "pipelines", "configs", "harmonic"},
 }
 # Within the library: who stands below whom. A part imports only what stands before it.
-ORDER = """errors files locks audio loudness spectrogram records config processes mesh kernels models data metrics
-    checkpoint program describe evaluate generate hub pretrained model_card export step train perceptual nearest
-    report_page report_plots report_parts report_findings report study_page study""".split()
+ORDER = """errors files locks audio loudness spectrogram records kernels models config processes mesh published data
+    metrics checkpoint run hlo describe evaluate generate voice hub report pretrained model_card export stages step
+    evaluators train perceptual nearest study""".split()
 # Within the pipelines: a recording's way is sources -> audio -> beam; sources and audio do not know each other.
 ROOMS = "errors limits paths sources audio beam inspection own_config build console prepare inspect".split()
 APART = ("sources", "audio")
@@ -170,6 +179,7 @@ def test_mains_do_not_import_one_another():
         ("harmonic.audio", ["jax", "flax", "grain"]),
         ("harmonic.records", ["jax", "flax", "grain"]),
         ("pipelines.prepare", ["jax", "flax", "orbax"]),
+        ("harmonic.run", ["jax", "orbax", "tensorboardX"]),
         ("harmonic.train", ["apache_beam", "librosa", "matplotlib"]),
     ],
 )
@@ -179,6 +189,35 @@ def test_importing_loads_no_more_than_it_needs(module, absent):
     assert out.stdout.strip() == "[]"
 
 
+def test_tests_import_no_other_tests():
+    """What several need is in conftest.py, or in a module that is no test."""
+    for path in sorted((ROOT / "tests").glob("*.py")):
+        nodes = [
+            node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))
+        ]
+        names = [getattr(node, "module", None) or alias.name for node in nodes for alias in node.names]
+        assert not [name for name in names if name.split(".")[-1].startswith("test_")], path
+
+
 def test_modules_stay_small_enough_to_read():
     lengths = {path: len(path.read_text().splitlines()) for path in FILES}
     assert {str(p): n for p, n in lengths.items() if n > 500} == {}
+
+
+FIELDS = ("pool_factors", "blocks_per_level", "level_blocks", "pool_groups", "gate_blocks", "state_width")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_models_are_known_by_their_protocol_alone(path):
+    """No code outside harmonic/models names a kind, its classes or its fields; configs name the kind they are of."""
+    room = path.relative_to(ROOT).parts
+    if room[0] == "configs" or room[:2] == ("harmonic", "models"):
+        return
+    assert not {name for name in imports(path) for kind in models.kinds() if name.startswith(f"harmonic.models.{kind}")}
+    tree = ast.parse(path.read_text())
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    names |= {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    # The cache of downloads is a folder of the project's name.
+    project = {"harmonic_rnn"} if path == ROOT / "pipelines/sources/hub.py" else set()
+    assert not (names - project) & {*FIELDS, "HarmonicRNN", *models.kinds()}

@@ -15,8 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from prepared import ROOT, read_folder, refused_main, run_main, wav, write_folder
-from test_array_record_io import FILES
+from archives import wav, write_folder
+from mains import ROOT, refused_main, run_main
+from memory_files import FILES
+from prepared import read_folder
 
 from harmonic import audio, records
 from harmonic.errors import UserError

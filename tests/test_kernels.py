@@ -12,6 +12,7 @@ from harmonic.errors import UserError
 from harmonic.kernels import chunked, gated_gelu, linear_scan
 from harmonic.kernels.cpu import ffi
 
+pytestmark = pytest.mark.laws
 TOLERANCE = {np.float32: 2e-5, np.float64: 1e-12}
 
 

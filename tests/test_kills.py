@@ -24,8 +24,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from harmonic.checkpoint import Checkpoints, load_run_config
+from harmonic.checkpoint import Checkpoints
 from harmonic.models import make
+from harmonic.run import Run
 from harmonic.step import init_state
 
 ROOT = Path(__file__).parents[1]
@@ -216,7 +217,7 @@ def names(folder):
 
 
 def checkpoints_of(workdir):
-    config = load_run_config(workdir)
+    config = Run(workdir).config
     target = jax.eval_shape(lambda: init_state(config, make(config.model)))._asdict()
     checkpoints = Checkpoints(workdir, read_only=True)
     try:

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from prepared import mine, subprocess_of, write_folder
+from archives import mine, write_folder
+from prepared import subprocess_of
 
 from harmonic import locks
 from harmonic.errors import UserError

@@ -16,12 +16,12 @@ import jax
 import numpy as np
 import pytest
 import soundfile
+from mains import ended, pair, started, train_command
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
-from test_distributed import ended, pair, started, train_command
-from test_train import final_state, reference_run  # noqa: F401  (a fixture)
-from tiny import config
+from tiny import config, final_state
 
+from harmonic import metrics, voice
 from harmonic import train as training
 from harmonic.errors import UserError
 from harmonic.metrics import MetricsWriter, read_metrics
@@ -52,7 +52,7 @@ def board(workdir: Path) -> dict[str, dict[int, Any]]:
     return found
 
 
-def test_tensorboard_shows_what_was_measured(tiny_data, tmp_path, reference_run):  # noqa: F811
+def test_tensorboard_shows_what_was_measured(tiny_data, tmp_path, reference_run):
     """Curves as in metrics.jsonl, samples to be heard and seen; and they change nothing in the weights."""
     workdir = tmp_path / "run"
     training.train(config("train.sample_every=2", "train.sample_seconds=0.05"), tiny_data, workdir)
@@ -77,9 +77,9 @@ def test_tensorboard_shows_what_was_measured(tiny_data, tmp_path, reference_run)
     jax.tree.map(np.testing.assert_array_equal, final_state(workdir)[1], final_state(reference_run)[1])
 
 
-def test_samples_keep_the_law_of_interruption(tiny_data, tmp_path, reference_run, monkeypatch):  # noqa: F811
+def test_samples_keep_the_law_of_interruption(tiny_data, tmp_path, reference_run, monkeypatch):
     """Stopped while it generates, and gone on with: the same weights, and each sample once on the board."""
-    workdir, generate = tmp_path / "run", training.generate
+    workdir, generate = tmp_path / "run", voice.generate
     ours = config("train.sample_every=3", "train.sample_seconds=0.02")
 
     def stopped(*args, **settings):
@@ -87,7 +87,7 @@ def test_samples_keep_the_law_of_interruption(tiny_data, tmp_path, reference_run
         return generate(*args, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "generate", stopped)
+        patch.setattr(voice, "generate", stopped)
         with pytest.raises(training.Interrupted):
             training.train(ours, tiny_data, workdir)
     assert list(board(workdir)["samples/0"]) == [3]
@@ -166,6 +166,27 @@ def test_weights_and_biases_offline(tiny_data, tmp_path):
         assert name.encode() in files[0].read_bytes(), name
     media = [path.suffix for path in (workdir / "wandb").rglob("media/**/*") if path.is_file()]
     assert media.count(".wav") == media.count(".png") == 2 * 2  # two samples, at steps 2 and 3
+
+
+def test_speed_counts_only_time_in_steps(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
+    speed = metrics.Throughput()
+
+    def steps(seconds, samples):
+        clock[0] += seconds
+        speed.add(samples)
+
+    steps(2, 100)
+    with speed.paused():
+        clock[0] += 1_000  # validation
+    steps(3, 150)
+    assert speed.rate() == 50
+    with pytest.raises(KeyboardInterrupt), speed.paused():
+        clock[0] += 1_000
+        raise KeyboardInterrupt
+    steps(1, 70)
+    assert speed.rate() == 70
 
 
 def test_only_the_first_process_writes(tmp_path):

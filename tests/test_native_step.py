@@ -16,7 +16,10 @@ from harmonic.kernels.plain_step import BlockWeights, Dense, step_block
 from harmonic.models import make
 from harmonic.models.harmonic_rnn.config import ModelConfig
 
-pytestmark = pytest.mark.skipif(not ffi.available(), reason="this machine's XLA does not take this machine code")
+pytestmark = [
+    pytest.mark.laws,
+    pytest.mark.skipif(not ffi.available(), reason="this machine's XLA does not take this machine code"),
+]
 CONFIG = ModelConfig(width=32, state_width=64, gate_blocks=8, pool_factors=(2, 3), blocks_per_level=2, pool_groups=32)
 
 

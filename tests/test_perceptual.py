@@ -14,8 +14,7 @@ import soundfile
 from flax import nnx
 from tiny import MODEL, config, parameters
 
-from harmonic import audio, train
-from harmonic.checkpoint import load_weights
+from harmonic import audio, train, voice
 from harmonic.config import override
 from harmonic.data import Dataset
 from harmonic.errors import UserError
@@ -29,11 +28,18 @@ from harmonic.perceptual.fit import Settings, fit
 from harmonic.perceptual.mel import log_mel
 from harmonic.perceptual.metrics import fid, inception_score
 from harmonic.perceptual.network import SIZES, Convolution, Sizes, functions, parameter_count
+from harmonic.run import Run
 from pipelines.build import PrepareSpec, prepare
 
 TINY = Sizes(stem=4, widths=(4, 8, 1_024), inner=(4, 8, 8), groups=2, blocks=1)
-SIZES["tiny"] = TINY
-SETTINGS = Settings(size="tiny", steps=60, batch_size=8, checkpoint_every=25, learning_rate=0.02)
+
+
+@pytest.fixture(scope="module")
+def tiny_settings():
+    """Of a classifier that is small enough for a test, a size that the library does not have."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "tiny", TINY)
+        yield Settings(size="tiny", steps=60, batch_size=8, checkpoint_every=25, learning_rate=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +62,9 @@ def digits(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def classifier(digits, tmp_path_factory):
+def classifier(digits, tiny_settings, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("classifier") / "whole"
-    return workdir, fit(digits, workdir, SETTINGS, show_progress=False)
+    return workdir, fit(digits, workdir, tiny_settings, show_progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +121,7 @@ def test_a_classifier_learns_and_says_how_well(classifier):
     assert Classifier.load(workdir).classes == ("one", "zero")
 
 
-def test_an_interrupted_classifier_ends_with_the_same_weights(classifier, digits, tmp_path, monkeypatch):
+def test_an_interrupted_classifier_ends_with_the_same_weights(classifier, digits, tiny_settings, tmp_path, monkeypatch):
     rows, looked = fitting._rows, []
 
     def stop(count, settings, step):
@@ -126,14 +132,14 @@ def test_an_interrupted_classifier_ends_with_the_same_weights(classifier, digits
 
     monkeypatch.setattr(fitting, "_rows", stop)
     with pytest.raises(KeyboardInterrupt):
-        fit(digits, tmp_path / "a", SETTINGS, show_progress=False)
+        fit(digits, tmp_path / "a", tiny_settings, show_progress=False)
     monkeypatch.setattr(fitting, "_rows", lambda *a: looked.append(a[2]) or rows(*a))
-    result = fit(digits, tmp_path / "a", SETTINGS, show_progress=False)
+    result = fit(digits, tmp_path / "a", tiny_settings, show_progress=False)
     assert looked == [*range(38), *range(25, 60)]
     assert result["classifier"] == classifier[1]["classifier"]
-    assert fit(digits, tmp_path / "a", SETTINGS) == result and len(looked) == 73
+    assert fit(digits, tmp_path / "a", tiny_settings) == result and len(looked) == 73
     with pytest.raises(UserError, match="was begun with seed=0, not 1"):
-        fit(digits, tmp_path / "a", Settings(**{**vars(SETTINGS), "seed": 1}))
+        fit(digits, tmp_path / "a", Settings(**{**vars(tiny_settings), "seed": 1}))
 
 
 def test_what_a_classifier_hears_does_not_depend_on_the_batch(classifier, digits):
@@ -146,7 +152,7 @@ def test_what_a_classifier_hears_does_not_depend_on_the_batch(classifier, digits
 
 
 def test_files_that_are_no_classifier_are_refused(classifier, tmp_path):
-    with pytest.raises(UserError, match=r"no classifier stands there.*train_classifier --workdir=\S+nothing"):
+    with pytest.raises(UserError, match=r"no classifier is there.*train_classifier --workdir=\S+nothing"):
         Classifier.load(tmp_path / "nothing")
     data = bytearray((classifier[0] / "classifier.npz").read_bytes())
     data[len(data) // 2] ^= 1
@@ -159,9 +165,9 @@ def test_files_that_are_no_classifier_are_refused(classifier, tmp_path):
         Classifier.load(tmp_path / "other.npz")
 
 
-def test_data_that_no_classifier_can_learn_is_refused(tmp_path, tiny_data):
+def test_data_that_no_classifier_can_learn_is_refused(tmp_path, tiny_data, tiny_settings):
     with pytest.raises(UserError, match="has no labels"):
-        fit(tiny_data, tmp_path / "run", SETTINGS)
+        fit(tiny_data, tmp_path / "run", tiny_settings)
     for name, value in (("size", "huge"), ("batch_size", 1), ("learning_rate", 0.0), ("steps", -1)):
         with pytest.raises(UserError, match=f"{name}={value!r} is impossible"):
             Settings(**{name: value})
@@ -217,11 +223,11 @@ def test_a_run_is_measured_and_goes_on_where_it_stopped(run, digits, classifier,
     }  # fmt: skip
     assert result["train"]["fid"] == pytest.approx(0, abs=1e-6) and result["test"]["accuracy"] == 1
     assert result["train"]["fid"] < result["test"]["fid"] < result["white_noise"]["fid"]
-    assert result["step"] == load_weights(run).step and result["temperature"] == 0.9
+    assert result["step"] == Run(run).weights().step and result["temperature"] == 0.9
     assert result["rejected"]["kept"] == result["rejected"]["clips"] == 2
 
     # The generated row, from the pieces, of which the second is made directly.
-    weights, heard = load_weights(run), Classifier.load(classifier[0])
+    weights, heard = Run(run).weights(), Classifier.load(classifier[0])
     pieces = sorted((run / "perceptual").glob("generated-*.npz"))
     stored = [dict(np.load(piece)) for piece in pieces]
     assert [len(piece["nats"]) for piece in stored] == [4, 4]
@@ -237,8 +243,8 @@ def test_a_run_is_measured_and_goes_on_where_it_stopped(run, digits, classifier,
 
     # Whatever is there is taken; a piece that a kill cut short is made again, and it alone.
     made = []
-    generated = measure.generate
-    monkeypatch.setattr(measure, "generate", lambda *a, **k: made.append(k["first_stream"]) or generated(*a, **k))
+    generated = voice.generate
+    monkeypatch.setattr(voice, "generate", lambda *a, **k: made.append(k["first_stream"]) or generated(*a, **k))
     assert measure.measure_run(run, digits, classifier[0], **settings) == result and made == []
     pieces[1].write_bytes(pieces[1].read_bytes()[:1_000])
     assert measure.measure_run(run, digits, classifier[0], **settings) == result and made == [4]

@@ -13,22 +13,10 @@ import librosa
 import numpy as np
 import pytest
 import soundfile
-from prepared import (
-    ROOT,
-    TWO_PROCESSES,
-    beethoven,
-    mine,
-    read_folder,
-    refused_main,
-    run_main,
-    sc09,
-    shards_of,
-    subprocess_of,
-    wav,
-    write_folder,
-    write_zip,
-)
-from test_sources import Hub, hub_environment
+from archives import beethoven, mine, sc09, wav, write_folder, write_zip
+from hub_server import Hub, hub_environment
+from mains import ROOT, refused_main, run_main
+from prepared import TWO_PROCESSES, read_folder, shards_of, subprocess_of
 
 from harmonic import audio, records
 from harmonic import loudness as levels
@@ -266,11 +254,9 @@ def test_trimming_and_loudness(tmp_path):
 
 def test_a_prompt_is_scaled_as_the_recordings_are(tmp_path):
     """By its own extremes, or to their loudness: as a prompt, a recording has the tokens that it was prepared to."""
-    from types import SimpleNamespace
-
-    from harmonic.config import Config
+    from harmonic.audio import read_audio
     from harmonic.data import Dataset
-    from workflows.stages import read_prompt
+    from harmonic.voice import Codec
 
     source = write_folder(tmp_path / "f", {f"{i}.wav": wav(9_000, seed=i) for i in range(3)})
     for loudness in (None, -30):
@@ -278,9 +264,9 @@ def test_a_prompt_is_scaled_as_the_recordings_are(tmp_path):
         build.prepare(spec)
         split = Dataset(spec.folder).split("train")
         path = str(source / split.recordings[0].id)
-        weights = SimpleNamespace(config=Config())
-        prompt = read_prompt(path, weights, split.manifest, seconds=None, resample=False)
-        np.testing.assert_array_equal(prompt.tokens, split.read(0))
+        codec = Codec.of(split.manifest)
+        np.testing.assert_array_equal(codec.prompt(path), split.read(0))
+        np.testing.assert_array_equal(codec.prompt(read_audio(path)[0]), split.read(0))
 
 
 # The config of one's own.

@@ -11,19 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from prepared import (
-    TWO_PROCESSES,
-    beethoven,
-    mine,
-    read_folder,
-    refused_main,
-    run_main,
-    sc09,
-    subprocess_of,
-    wav,
-    write_folder,
-    write_zip,
-)
+from archives import beethoven, mine, sc09, wav, write_folder, write_zip
+from mains import refused_main, run_main
+from prepared import TWO_PROCESSES, read_folder, subprocess_of
 
 from harmonic import records
 from harmonic.errors import UserError

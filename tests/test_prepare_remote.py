@@ -1,6 +1,5 @@
 """Whole data sets out of sources that lie elsewhere, on several runners: always the same shards, byte for byte."""
 
-import io
 import os
 import random
 import signal
@@ -8,14 +7,14 @@ import socket
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 
+import archives
 import fsspec
 import pytest
+from archives import parquet, tar_bytes, wav, zip_bytes
 from hub_server import Fault, Hub, hub_environment, take_for_the_hub
-from test_archives import tar_bytes
-from test_hub_data import parquet, wav
+from prepared import shards_of
 
 from harmonic import records
 from pipelines import build
@@ -26,25 +25,12 @@ from pipelines.sources.zip import Zip
 ROOT = Path(__file__).parent.parent
 LOOPBACK = ["--runner=PortableRunner", "--job_endpoint=embed", "--environment_type=LOOPBACK"]
 TWO_PROCESSES = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
-FILES = {f"{i % 3}/{i}.wav": wav(2_000 + 10 * i, i) for i in range(20)}
+FILES = {f"{i % 3}/{i}.wav": wav(2_000 + 10 * i, seed=i) for i in range(20)}
 
 
-def zip_bytes(files):
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w") as archive:
-        for name, data in files.items():
-            archive.writestr(name, data)
-    return packed.getvalue()
-
-
-def sc09():
-    files = {f"sc09/{d}/{i}.wav": wav(700 + 10 * i, i) for d in ("zero", "one") for i in range(15)}
-    files |= {"sc09/validation_list.txt": b"zero/0.wav\n", "sc09/testing_list.txt": b"one/0.wav\none/1.wav\n"}
-    return files | {"sc09/speakers.bin": random.Random(0).randbytes(2_000_000)}
-
-
-def shards_of(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.suffix not in (".json", ".py")}
+def spoken():
+    """SC09's layout, with a large file that is no recording."""
+    return archives.sc09(15) | {"sc09/speakers.bin": random.Random(0).randbytes(2_000_000)}
 
 
 @pytest.fixture
@@ -86,7 +72,7 @@ def as_hub(monkeypatch, tmp_path):
 
 
 def test_workers_read_the_hub_s_archive_where_it_lies(as_hub, tmp_path):
-    packed = zip_bytes(sc09())
+    packed = zip_bytes(spoken())
     with Hub({"sc09.zip": packed}, storage=10, token="hf_secret") as hub:
         as_hub(hub)
         local = build.prepare(PrepareSpec("sc09", output_dir=str(tmp_path / "local"), num_shards=4))
@@ -143,7 +129,7 @@ def run_prepare(hub, tmp_path, *argv):
 
 @pytest.mark.slow
 def test_workers_that_are_other_processes_have_tokens_of_their_own(tmp_path, worker_pool):
-    with Hub({"sc09.zip": zip_bytes(sc09())}, token="hf_secret") as hub:
+    with Hub({"sc09.zip": zip_bytes(spoken())}, token="hf_secret") as hub:
         path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"  # a worker is started as `python`
         env = hub_environment(hub.url, tmp_path / "workers") | {"PATH": path}
         argv = ["--dataset", "sc09", "--num_shards", 4, "--output_dir"]
@@ -156,7 +142,7 @@ def test_workers_that_are_other_processes_have_tokens_of_their_own(tmp_path, wor
         assert done.stderr.startswith(f"error: {hub.url}/datasets/krandiash/sc09 asks for permission to read")
         assert {request.authorization for request in hub.requests[before:]} == {"Bearer hf_secret", None}
         assert not (tmp_path / "none/sc09/manifest.json").exists()
-    (tmp_path / "a.zip").write_bytes(zip_bytes(sc09()))
+    (tmp_path / "a.zip").write_bytes(zip_bytes(spoken()))
     spec = PrepareSpec("sc09", str(tmp_path / "a.zip"), str(tmp_path / "local"), num_shards=4)
     build.prepare(spec)
     assert shards_of(spec.folder) == shards_of(tmp_path / "far/sc09")

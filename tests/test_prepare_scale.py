@@ -3,7 +3,8 @@
 import io
 
 import pytest
-from prepared import TWO_PROCESSES, mine, read_folder, write_zip
+from archives import mine, write_zip
+from prepared import TWO_PROCESSES, read_folder
 
 from harmonic.records import SPLITS
 from pipelines import build, console

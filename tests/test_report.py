@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import html.parser
 import io
 import json
 import math
@@ -17,139 +16,21 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+from pages import Page, curves, make_run, sound, write
 
-from harmonic import audio, report_parts
+from harmonic import audio
 from harmonic.errors import UserError
-from harmonic.report import PUBLISHED, build_report
+from harmonic.published import RESULTS
+from harmonic.report import build_report
+from harmonic.report.page import SoundBudget
 
+PUBLISHED = {
+    dataset: [f"{row.value('bits_per_sample'):.3f}" for row in RESULTS if row.dataset == dataset and row.paper]
+    for dataset in ("sc09", "beethoven", "youtubemix")
+}
 HOSTILE = "<script>alert('x')</script>\"&amp; </style>"
-SECONDS = (0.25, 0.5, 0.75, 1.0, 1.25, 2.5)  # of the six samples
 # Attributes through which a page loads or leads somewhere.
 REFERENCES = {"src", "href", "srcset", "poster", "data", "action", "background", "xlink:href"}
-
-
-class Page(html.parser.HTMLParser):
-    """What a browser would see: elements with their attributes, and the text by element."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str]]] = []
-        self.text: dict[str, str] = {}
-        self._open: list[str] = []
-        self.feed(path.read_text(encoding="utf-8"))
-        self.close()
-        assert not self._open, f"not closed: {self._open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, {key: value or "" for key, value in attrs}))
-        if tag not in ("meta", "img"):
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, {key: value or "" for key, value in attrs}))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self._open:
-            self.text[self._open[-1]] = self.text.get(self._open[-1], "") + data + "\n"
-
-    def all(self, tag: str) -> list[dict[str, str]]:
-        return [attributes for name, attributes in self.elements if name == tag]
-
-    @property
-    def words(self) -> str:
-        """All text that is shown."""
-        shown = [text for tag, text in self.text.items() if tag not in ("style", "script")]
-        return " ".join(" ".join(shown).split())
-
-
-def sound(seconds: float, pitch: float, sample_rate: int = 16_000) -> np.ndarray:
-    time = np.arange(round(seconds * sample_rate)) / sample_rate
-    noise = np.random.default_rng(round(pitch)).normal(0, 0.02, len(time))
-    return (0.5 * np.sin(2 * np.pi * pitch * time) * np.exp(-2 * time) + noise).astype(np.float32)
-
-
-def write(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value), encoding="utf-8")
-
-
-def make_run(folder: Path, name: str = "sc09", label: str = "seven") -> Path:
-    """A run's folder with every file, two samples of each kind."""
-    (folder / "samples").mkdir(parents=True)
-    train = {"steps": 300, "learning_rate": 0.002}
-    config = {"name": name, "model": {"width": 128}, "data": {"dataset": "sc09"}, "train": train}
-    write(folder / "config.json", {**config, "evaluate": {}, "generate": {}, "mesh": {}, "seed": 0})
-
-    lines: list[dict[str, Any]] = []
-    for step in range(10, 301, 10):
-        loss = 4 + 4 * math.exp(-step / 60) + 0.05 * math.sin(step)
-        speed = 4_000 + step
-        train_line = {"kind": "train", "step": step, "loss": loss, "samples_per_second": speed}
-        lines.append({**train_line, "grad_norm": 1.0, "learning_rate": 0.002, "skipped": 0})
-        if step % 100 == 0:
-            lines.append({"kind": "validation", "step": step, "bits_per_sample": loss - 0.01})
-    metrics = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / "metrics.jsonl").write_text(metrics, encoding="utf-8")
-
-    test = {"step": 300, "checkpoint": "best", "weights": "ema", "bits_per_sample": 4.1234}
-    test |= {"samples": 123_456, "recordings": 15, "dataset": "sc09", "seconds": 12.3}
-    test |= {"uniform_bits": 8.0, "histogram_entropy_bits": 7.4, "markov_bits": 5.0}
-    contexts = [{"context_seconds": 0.125 * 4**n, "bits_per_sample": 4.5 - 0.1 * n} for n in range(3)]
-    contexts.append({"context_seconds": 16.5, "bits_per_sample": 4.1234, "whole": True})
-    write(folder / "evaluation.json", {"test": {**test, "contexts": contexts}})
-
-    entries: list[dict[str, Any]] = []
-    for number in range(6):
-        kind = ("sample", "continuation", "real")[number // 2]
-        file, seconds = f"{kind}_{number % 2:04d}.wav", SECONDS[number]
-        audio.write_wav(folder / "samples" / file, sound(seconds, 200 + 90 * number))
-        entry: dict[str, Any] = {"kind": kind, "file": file, "seconds": seconds}
-        entry["prompt_seconds"] = seconds / 2 if kind == "continuation" else 0.0
-        if kind != "sample":
-            entry |= {"source": f"{label}/clip_{number}.wav", "label": label}
-        entries.append({**entry, "bits_per_sample": 3.25})
-    settings = {"step": 300, "checkpoint": "best", "seed": 0, "temperature": 1.0, "top_p": 1.0}
-    settings |= {"sample_rate": 16_000, "encoding": "mu_law", "samples_per_second": 4_321.0}
-    write(folder / "samples" / "samples.json", {**settings, "samples": entries})
-
-    sizes = {"recordings": 31_158, "windows": 31_160, "samples": 494_412_303}
-    parameters = {
-        "total": 139_072,
-        "by component": {"levels": {"level 0": 100_000}, "head": 39_072},
-    }
-    summary = {
-        "command": "python -m workflows.full_run --config=sc09",
-        "parameters": parameters,
-        "stages": {"prepare": {"seconds": 1.2}, "train": {"seconds": 5_133.0}},
-        "data": {"dataset": "sc09", "source": "hub", "splits": {"train": sizes}},
-        "platform": "cpu",
-    }
-    write(folder / "summary.json", summary)
-
-    real = {"is": 6.5, "is_released": 7.0, "mis": 200.0, "am": 0.2}
-    figures = {"generated": {"fid": 21.25, "is": 3.5, "is_released": 4.0, "mis": 12.0, "am": 1.234, "clips": 512}}
-    figures |= {"rejected": {"fid": 15.75, "clips": 140, "kept": 140}, "train": {"fid": 0.0, **real}}
-    write(folder / "perceptual.json", {"step": 300, "temperature": 0.8, "num_samples": 512, **figures})
-
-    (folder / "nearest").mkdir()
-    clips: dict[str, list[dict[str, Any]]] = {"generated": [], "held_out": []}
-    for number in range(3):
-        kind = "generated" if number < 2 else "held_out"
-        files = [f"{kind}_{number:04d}{end}.wav" for end in ("", "_training")]
-        for file in files:
-            audio.write_wav(folder / "nearest" / file, sound(0.3, 1_000 + 50 * number + len(file)))
-        place = {"distance": 2.5 + number, "recording": f"{label}/train_{number}.wav", "recording_start": 0.12}
-        row = {"clip": f"{kind}.wav", "start": 0.25, "file": files[0], "nearest_file": files[1], "nearest": place}
-        clips[kind].append({**row, "split": "test"} if kind == "held_out" else row)
-    clips["generated"].append({"clip": "far.wav", "nearest": None})
-    group = {"clips": 2, "excerpts": 140, "silent": 0, "as_near_as_a_copy": 0.125, "nearer_than_held_out": 0.25}
-    group["quantiles"] = {"0": 1.5, "0.05": 2.0, "0.25": 2.5, "0.5": 3.25, "0.75": 4.0}
-    groups = {"generated": group, "held_out": {**group, "as_near_as_a_copy": 0.0}, "copies": {"quantiles": {"0": 0.5}}}
-    training = {"recordings": 31_158, "compared": 31_000, "seconds": 30_000.0}
-    write(folder / "nearest.json", {"step": 300, "seconds": 0.3, "training": training, "groups": groups, **clips})
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -231,9 +112,9 @@ def test_the_page_says_what_the_files_say(finished: Path) -> None:
         "86 min",
         "python -m workflows.full_run --config=sc09",
         '"learning_rate": 0.002',
-        "12.5% of the generated excerpts lie as near to a training recording as a copy would;",
-        "of the held-out recordings' excerpts 0.0% do.",
-        "25.0% lie nearer than 95% of the held-out ones.",
+        "12.5% of the generated excerpts are as close to a training recording as a copy would be;",
+        "of the held-out recordings' excerpts 0.0% are.",
+        "25.0% are closer than 95% of the held-out ones.",
         "140 1.50 2.00 2.50 3.25 4.00 12.5%",
         "158 shorter recordings are left out.",
         "generated.wav, from 0.25 s",
@@ -244,7 +125,7 @@ def test_the_page_says_what_the_files_say(finished: Path) -> None:
         "512 21.25 3.50 4.00 12.00 1.234",
         "140 15.75",
         "1.99 5.13 42.57 0.740",  # SaShiMi
-        *(f"{bits:.3f}" for _, _, bits in PUBLISHED["sc09"]),
+        *PUBLISHED["sc09"],
     ):
         assert words in page.words, words
     assert [a["style"] for a in page.all("i") if a["class"] == "mark"] == ["left:50.00%"] * 2
@@ -252,7 +133,13 @@ def test_the_page_says_what_the_files_say(finished: Path) -> None:
     assert widths == pytest.approx([51.54, 62.5, 92.5, 100])
     assert len([p for p in page.all("path") if p["class"] == "dot"]) == 3 + 4  # validations and contexts
     assert len([p for p in page.all("path") if p["class"] == "base"]) == 3
-    assert [p["class"] for p in page.all("polyline")] == ["raw", "smooth", "smooth"]
+    assert [p["class"] for p in curves(page)] == ["raw", "smooth", "smooth"]
+
+
+def points(line: dict[str, str]) -> list[tuple[float, float]]:
+    """The points of a curve."""
+    found = [point.split(",") for point in line["d"].removeprefix("M").split()]
+    return [(float(x), float(y)) for x, y in found]
 
 
 def with_contexts(run: Path, *rows: tuple[float, float]) -> Path:
@@ -273,7 +160,7 @@ def test_what_context_is_worth(run: Path) -> None:
     for cell in ("4.500", "+0.377", "4.250", "+0.127", "4.125", "+0.002", "4.123", "+0.000"):
         assert cell in page.text["td"].split(), cell
     # Below the loss curve's two, the line through the dots; from 1 to 8 is as far as from 8 to 64.
-    x, y = zip(*(map(float, p.split(",")) for p in page.all("polyline")[2]["points"].split()), strict=True)
+    x, y = zip(*points(curves(page)[2]), strict=True)
     assert (x[1] - x[0]) / (x[2] - x[1]) == pytest.approx(math.log(8) / math.log(7.5), rel=1e-3)
     assert (y[1] - y[0]) / (y[2] - y[1]) == pytest.approx(2, rel=1e-2)
     dots = [p["d"] for p in page.all("path") if p["class"] == "dot"][3:]
@@ -305,7 +192,7 @@ def test_published_figures_stand_beside_the_same_data_set(run: Path, dataset: st
     words = Page(build_report(without_samples(run))).words
     assert ("as published" in words) == (dataset in PUBLISHED)
     for known, rows in PUBLISHED.items():
-        assert all((f"{bits:.3f}" in words) == (known == dataset) for _, _, bits in rows)
+        assert all((bits in words) == (known == dataset) for bits in rows)
 
 
 def test_what_comes_from_a_file_is_text(tmp_path: Path) -> None:
@@ -346,9 +233,8 @@ def test_steps_that_a_resumed_run_logs_again_count_once(run: Path) -> None:
     entries = [{"kind": "train", "step": step, "loss": loss} for step, loss in lines]
     (run / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     page = Page(build_report(without_samples(run)))
-    points = page.all("polyline")[0]["points"].split()
-    heights = [float(point.split(",")[1]) for point in points]
-    assert len(points) == 3
+    heights = [y for _, y in points(curves(page)[0])]
+    assert len(heights) == 3
     assert heights[0] < heights[2] < heights[1]  # 8, 6, 5 bits
 
 
@@ -457,7 +343,7 @@ def test_long_sounds_are_linked_to(run: Path, monkeypatch: pytest.MonkeyPatch) -
     samples["samples"].insert(0, {"kind": "sample", "file": "long one.wav"})
     write(run / "samples" / "samples.json", samples)
     whole = build_report(run).stat().st_size
-    monkeypatch.setattr(report_parts.Room.__init__, "__defaults__", (260_000,))
+    monkeypatch.setattr(SoundBudget.__init__, "__defaults__", (260_000,))
     page = Page(build_report(run))
     assert (run / "report.html").stat().st_size < whole - 260_000
     assert len(page.all("audio")) == 12

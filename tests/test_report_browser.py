@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 from browser import LOOK, Browser
-from test_report import SECONDS, finished  # noqa: F401
+from pages import SECONDS, make_run
+
+from harmonic.report import build_report
 
 PLAY = """(async () => {
   const players = [...document.querySelectorAll("audio")], heads = [...document.querySelectorAll(".playhead")];
@@ -17,12 +19,18 @@ PLAY = """(async () => {
   await moves(players[5]);
   await players[0].play();
   await moves(players[0]);
+  for (let frame = 0; frame < 2; frame++) await new Promise(requestAnimationFrame);  // the playhead moves in frames
   return {
     times: [players[5].currentTime, players[0].currentTime],
     paused: players[5].paused,
     head: [heads[0].style.opacity, parseFloat(heads[0].style.left)],
   };
 })()"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_report(make_run(tmp_path_factory.mktemp("finished") / "run")).parent
 
 
 def brightness(colour: str) -> float:
@@ -32,7 +40,7 @@ def brightness(colour: str) -> float:
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1_200, 390, 320])
 def test_a_browser_shows_the_report(
-    finished: Path,  # noqa: F811
+    finished: Path,
     chromium: Browser,
     tmp_path: Path,
     width: int,
@@ -53,7 +61,7 @@ def test_a_browser_shows_the_report(
     assert chromium.problems == []
 
 
-def test_a_browser_plays_the_sounds(finished: Path, chromium: Browser) -> None:  # noqa: F811
+def test_a_browser_plays_the_sounds(finished: Path, chromium: Browser) -> None:
     """play() advances, the playhead with it, and one sound at a time."""
     chromium.open(finished / "report.html")
     seen = chromium.evaluate(PLAY)

@@ -9,11 +9,14 @@ import numpy as np
 import optax
 import pytest
 from tiny import MODEL, batch_of, config, parameters
+from work import operations
 
 from harmonic.config import MeshConfig
 from harmonic.mesh import make_mesh
 from harmonic.models import make
 from harmonic.step import init_state, learning_rate, make_loss_and_grad, make_optimizer, make_train_step
+
+pytestmark = pytest.mark.laws
 
 
 def random_batch(segments, batch, length, seed=0):
@@ -114,17 +117,37 @@ def test_memory_in_segments_grows_by_a_state_and_the_tokens():
 
 
 def test_work_grows_linearly():
-    """Law 7, in operations of the compiled program: no part of it is quadratic in the length."""
-    params = parameters(jnp.float32)
+    """Law 7, in operations: sixteen times the length, in one segment or in more of them, is sixteen times the work."""
+    model, shapes = make(MODEL), jax.ShapeDtypeStruct
+    params = jax.eval_shape(model.init, jax.random.key(0))
 
-    def operations(length):
-        model = make(MODEL)
-        function = jax.jit(lambda p, x: model.apply(model.prepare(p), {"tokens": x}, model.init_state(1))[0])
-        compiled = function.lower(params, jnp.zeros((1, length, 1), jnp.uint8)).compile()
-        return compiled.cost_analysis()["flops"]
+    def forward(length):
+        def function(params, tokens):
+            return model.apply(model.prepare(params), {"tokens": tokens}, model.init_state(1))
 
-    # Loops are counted once: chunks of one length make the programs comparable.
-    assert operations(16 * 768) == pytest.approx(16 * operations(768), rel=0.35)
+        return operations(function, params, shapes((1, length, 1), jnp.uint8))
+
+    def training(segments, length):
+        rows = shapes((4,), jnp.int32)
+        batch = batch_of(shapes((segments, 4, length, 1), jnp.uint8), rows, rows)
+        return operations(loss_and_grad(1, 1), params, batch, shapes((2,), jnp.uint32))
+
+    # What is done once, whatever the length, may be a hundredth of the shorter one.
+    assert forward(16 * 768) == pytest.approx(16 * forward(768), rel=0.01)
+    assert training(1, 16 * 768) == pytest.approx(16 * training(1, 768), rel=0.01)
+    assert training(64, 768) == pytest.approx(16 * training(4, 768), rel=0.01)
+
+
+def test_operations_are_counted_wherever_they_are():
+    """The counter of the test above finds what is quadratic, and multiplies loops."""
+    x, w = jnp.zeros((64, 8)), jnp.zeros((8, 32))
+    products = 64 * 2 * 8 * 32
+    assert operations(jnp.dot, x, w) == products
+    assert operations(lambda x, w: jax.lax.scan(lambda carry, row: (carry, row @ w), 0, x), x, w) == products
+    assert operations(lambda x: jax.lax.map(jax.jit(jnp.sin), x), x) == 64 * 2 * 8
+    assert operations(lambda x: jnp.einsum("ik,jk->ij", x, x), x) == pytest.approx(2 * 64 * 64 * 8, rel=0.1)
+    with pytest.raises(ValueError, match="rounds are not known"):
+        operations(lambda x: jax.lax.while_loop(lambda x: (x > 0).all(), jnp.sin, x), x)
 
 
 def test_recipe():
@@ -187,7 +210,6 @@ def test_bfloat16_activations(mesh):
     model = make(dataclasses.replace(MODEL, activations="bfloat16"))
     loss, grads = jax.jit(make_loss_and_grad(model, make_mesh(MeshConfig(*mesh))))(params, batch, key)
     expected, expected_grads = loss_and_grad(1, 1)(params, batch, key)
-    loss, expected = float(loss), float(expected)
     loss, expected = float(loss), float(expected)
     assert loss != expected and loss == pytest.approx(expected, rel=1e-3)
     for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):

@@ -10,15 +10,19 @@ import jax
 import numpy as np
 import pytest
 from browser import LOOK, Browser
-from test_report import Page
+from pages import Page, curves
 
-from configs.ablations import SIZES, Published, Run, Study, load_study, study_names
+from configs.ablations import SIZES, load_study, study_names
 from harmonic import audio
 from harmonic.config import Config, config_names, load_config
-from harmonic.describe import count
 from harmonic.errors import UserError
 from harmonic.models import make
-from harmonic.study import csv_text, findings, markdown, number, rows, tables, write_study
+from harmonic.models.costs import count
+from harmonic.report.inputs import number
+from harmonic.study.folder import write_study
+from harmonic.study.plan import Published, Run, Study
+from harmonic.study.results import findings, rows
+from harmonic.study.tables import csv_text, markdown, tables
 
 HOSTILE = "<script>alert('x')</script>|\"&amp; </style>"
 
@@ -124,6 +128,7 @@ def make_study(seeds=(0, 1), **runs):
     all_runs = {"base": ((3.0,) * len(seeds), 1.854), **runs}
     return {
         "study": "s", "size": "small", "title": "A study", "reproduces": "table 1", "note": "A note.",
+        "kinds": ["harmonic_rnn"],
         "baseline": "base", "seeds": list(seeds), "command": "python -m workflows.ablate --study=s", "platform": "cpu",
         "runs": [
             {
@@ -150,8 +155,8 @@ def make_study(seeds=(0, 1), **runs):
 def test_a_verdict_says_whether_the_paper_holds(measured, published, verdict):
     study = make_study(other=(measured, published))
     base, other = rows(study)
-    assert base.difference is None and base.verdict == ""
-    assert other.difference.mean == pytest.approx(np.mean(measured) - 3) and other.verdict == verdict
+    assert base.gap is None and base.verdict == ""
+    assert other.gap.mean == pytest.approx(np.mean(measured) - 3) and other.verdict == verdict
     (sentence,) = (line for line in findings(study) if line.startswith("Other"))
     assert (f"{verdict}." in sentence) if verdict else "ublished" not in sentence
 
@@ -161,7 +166,7 @@ def test_runs_are_compared_seed_by_seed():
     study = make_study(other=((2.9, 4.9), 1.8))
     study["runs"][0]["results"][1]["bits_per_sample"] = 5.0
     other = rows(study)[1]
-    assert (other.difference.low, other.difference.high) == pytest.approx((-0.1, -0.1))
+    assert (other.gap.low, other.gap.high) == pytest.approx((-0.1, -0.1))
     assert other.verdict == "same direction" and "2.000 bits apart" in " ".join(findings(study))
 
 
@@ -221,7 +226,7 @@ def test_the_page_says_what_the_study_found(finished):
     page = Page(finished / "study.html")
     assert "First: 0.150 bits above Base; published 0.102 above: same direction." in page.words
     assert f"it broke {HOSTILE}" in page.words and "alert" not in page.text.get("script", "")
-    assert len(page.all("audio")) == 8 and len(page.all("polyline")) == 8
+    assert len(page.all("audio")) == 8 and len(curves(page)) == 8
     links = [a["href"] for a in page.all("a")]
     assert links[0] == "base/seed_0/report.html" and len(links) == 7  # not of the one that failed
     labels = [svg.get("aria-label", "") for svg in page.all("svg")]
@@ -262,4 +267,4 @@ def test_a_browser_shows_the_study(finished, chromium: Browser, tmp_path, width,
 
 @pytest.mark.parametrize("value", [10**400, -(10**400), float("nan"), float("inf"), True, "1", None, [1]], ids=range(8))
 def test_what_is_not_a_finite_number_is_none(value):
-    assert number({"a": {"b": value}}, "a.b") is None and number({"a": {"b": 2}}, "a.b") == 2.0
+    assert number({"a": {"b": value}}, "a", "b") is None and number({"a": {"b": 2}}, "a", "b") == 2.0

@@ -1,5 +1,6 @@
 """Training: law 5, resumption, and what is refused."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -12,34 +13,14 @@ import time
 import jax
 import numpy as np
 import pytest
-from tiny import config
+from tiny import config, final_state
 
 from harmonic import train as training
-from harmonic.checkpoint import Checkpoints, load_weights
 from harmonic.data import Dataset, train_batches
 from harmonic.errors import UserError
 from harmonic.mesh import make_mesh
 from harmonic.metrics import read_metrics
-from harmonic.models import make
-from harmonic.step import init_state
-
-
-def final_state(workdir):
-    checkpoints = Checkpoints(workdir, read_only=True)
-    ours = config()
-    target = jax.eval_shape(lambda: init_state(ours, make(ours.model)))._asdict()
-    step = checkpoints.step("latest")
-    restored = checkpoints.restore(step, target)
-    checkpoints.close()
-    return step, restored
-
-
-@pytest.fixture(scope="module")
-def reference_run(tiny_data, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("run") / "reference"
-    result = training.train(config(), tiny_data, workdir)
-    assert result.step == 6
-    return workdir
+from harmonic.run import Run
 
 
 def without_time(lines):
@@ -55,13 +36,14 @@ def test_a_run_leaves_what_it_should(reference_run):
     assert (reference_run / "manifest.json").is_file()
     assert list((reference_run / "tensorboard").glob("events*"))
     best = min((line["bits_per_sample"], line["step"]) for line in lines if line["kind"] == "validation")[1]
-    weights = load_weights(reference_run)
+    weights = Run(reference_run).weights()
     assert (weights.step, weights.kind) == (best, "ema")
-    assert load_weights(reference_run, "latest").step == 6
+    assert Run(reference_run).weights("latest").step == 6
     with pytest.raises(UserError, match="no checkpoint 77; use latest, best or one of"):
-        load_weights(reference_run, "77")
+        Run(reference_run).weights("77")
 
 
+@pytest.mark.laws
 def test_interruption_is_invisible(tiny_data, tmp_path, reference_run):
     """Law 5: stopped by a signal after a step, twice, and gone on with, the run ends as one left alone."""
     workdir, stops = tmp_path / "run", 0
@@ -139,7 +121,7 @@ def test_fine_tuning_starts_from_the_best_average(tiny_data, tmp_path, reference
     workdir = tmp_path / "tuned"
     ours = config("train.steps=1", "train.learning_rate=1e-12")
     training.train(ours, tiny_data, workdir, init_from=str(reference_run))
-    start, end = load_weights(reference_run).params, load_weights(workdir, "latest", raw=True).params
+    start, end = Run(reference_run).weights().params, Run(workdir).weights("latest", raw=True).params
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), start, end)
     with pytest.raises(UserError, match=r"another architecture: width is 8 there and 16 here"):
         training.train(config("model.width=16"), tiny_data, tmp_path / "other", init_from=str(reference_run))
@@ -154,7 +136,7 @@ def test_damaged_checkpoints_are_named(tiny_data, tmp_path):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match=r"checkpoint 2 in .* is damaged: ema/.* more files are not as written, and no"):
-        load_weights(workdir, "latest")
+        Run(workdir).weights("latest")
 
 
 def test_divergence_is_said(tiny_data, tmp_path, monkeypatch):
@@ -183,3 +165,45 @@ def test_batches_as_they_are_placed(tiny_data):
     placed = training.place_batch(batch, ours, make_mesh(ours.mesh))
     assert placed["tokens"].shape == (6, 4, 96, 1)
     np.testing.assert_array_equal(np.asarray(placed["tokens"]).swapaxes(0, 1).reshape(4, -1, 1), batch["tokens"])
+
+
+def test_without_lines_little_is_kept(tiny_data, tmp_path, reference_run, monkeypatch):
+    """train.log_every=0: a single line, with the mean of all losses; the device never keeps many steps' metrics."""
+    held = []
+    take = training.Reached.take
+    monkeypatch.setattr(training, "_PENDING", 4)
+    monkeypatch.setattr(training.Reached, "take", lambda self, steps: held.append(len(steps)) or take(self, steps))
+    training.train(config("train.log_every=0", "train.checkpoint_every=0"), tiny_data, tmp_path / "run")
+    assert max(held) <= 4 and sum(held) == 6
+    (line,) = (line for line in read_metrics(tmp_path / "run") if line["kind"] == "train")
+    losses = [line["loss"] for line in read_metrics(reference_run) if line["kind"] == "train"]
+    assert line["step"] == 6 and line["loss"] == np.mean(losses)
+
+
+def test_a_run_goes_on_from_a_checkpoint_with_a_list_of_losses():
+    """As they were written before only the sum was kept."""
+    meta = {"step": 14, "best": 8.1, "best_step": 10, "seconds": 33.4, "data": {"next_index": 14}, "model": {}}
+    reached = training.Reached.from_meta({**meta, "window": [7.5, 8.5]})
+    assert (reached.step, reached.best, reached.data) == (14, 8.1, {"next_index": 14})
+    assert reached.mean_loss() == 8 and reached.mean_loss() is None
+    written = dataclasses.asdict(dataclasses.replace(reached, loss_sum=3.0, loss_count=2))
+    assert training.Reached.from_meta({**written, "model": {}}).mean_loss() == 1.5
+
+
+def test_an_evaluator_of_ones_own(tiny_data, tmp_path, reference_run):
+    """It looks at the averaged weights, its figures become lines, and training takes no notice."""
+    seen = {}
+
+    class Largest:
+        name, every = "weights", 4
+
+        def __call__(self, model, params, step, writer):
+            seen[step] = params
+            return {"largest": max(float(abs(v).max()) for v in jax.tree.leaves(params))}
+
+    workdir = tmp_path / "run"
+    training.train(config(), tiny_data, workdir, evaluators=[Largest()])
+    lines = [line for line in read_metrics(workdir) if line["kind"] == "weights"]
+    assert [line["step"] for line in lines] == list(seen) == [4, 6] and all(line["largest"] > 0 for line in lines)
+    jax.tree.map(np.testing.assert_array_equal, seen[6], Run(workdir).weights("latest").params)
+    jax.tree.map(np.testing.assert_array_equal, final_state(workdir)[1], final_state(reference_run)[1])

@@ -2,9 +2,11 @@
 
 import jax
 
+from harmonic.checkpoint import Checkpoints
 from harmonic.config import Config, override
 from harmonic.models import make
 from harmonic.models.harmonic_rnn.config import ModelConfig
+from harmonic.step import init_state
 
 MODEL = ModelConfig(
     width=8, state_width=16, gate_blocks=4, pool_factors=(2, 3), blocks_per_level=1, pool_groups=2, dropout=0.2
@@ -31,3 +33,12 @@ def parameters(dtype):
 def batch_of(tokens, lengths, rows, **conditions):
     """A batch as `make_loss_and_grad`'s function and the training step take it."""
     return {"tokens": tokens, "length": lengths, "row": rows, **conditions}
+
+
+def final_state(workdir):
+    """(step, state) of a run's latest checkpoint, its config as `config()` but for the training's length."""
+    checkpoints, model = Checkpoints(workdir, read_only=True), make(MODEL)
+    step = checkpoints.step("latest")
+    restored = checkpoints.restore(step, jax.eval_shape(lambda: init_state(config(), model))._asdict())
+    checkpoints.close()
+    return step, restored

@@ -18,9 +18,9 @@ from harmonic import hlo, models
 from harmonic.config import Config, override
 from harmonic.describe import costs
 from harmonic.errors import UserError
-from harmonic.mesh import make_mesh
+from harmonic.mesh import hardware, make_mesh
 from harmonic.step import init_state, make_train_step
-from workflows import stages, timing
+from workflows import timing
 
 OURS = "harmonic"
 _ENOUGH = 120.0  # seconds of steps after which no other is begun
@@ -33,7 +33,7 @@ def suite(config: Config, batch: int, lengths: Sequence[int], *, baseline_sample
       config: its model and recipe.
       batch: sequences.
       lengths: samples of each.
-      baseline_samples: up to that many samples a step, the same step of the plain model stands before ours, in one
+      baseline_samples: up to that many samples a step, the same step of the plain model is measured first, in one
         segment, with each of its variants.
 
     Yields:
@@ -50,7 +50,7 @@ def suite(config: Config, batch: int, lengths: Sequence[int], *, baseline_sample
                 plain[variant] = timing.in_child(measure, config, batch, length, variant)
                 yield plain[variant]
             except UserError as error:
-                where = timing.in_child(stages.platform)  # asking here would take hold of it
+                where = timing.in_child(hardware)  # asking here would take hold of it
                 row = {"platform": where, "config": config.name, "implementation": variant, "shape": [batch, length]}
                 yield {**row, "failed": str(error)}
         row = timing.in_child(measure, config, batch, length)
@@ -112,7 +112,7 @@ def measure(config: Config, batch: int, length: int, implementation: str = OURS)
     # Dense layers and gates of all levels, twice over again for the backward pass: what no implementation can avoid.
     needed = 3 * costs(config).operations["forward"]["dense"]
     return {
-        "platform": stages.platform(),
+        "platform": hardware(),
         "config": config.name,
         "implementation": implementation,
         "shape": [batch, length],

@@ -23,6 +23,7 @@ from typing import Any
 from absl import flags
 
 from harmonic.config import load_config, override
+from harmonic.mesh import hardware
 from workflows import (
     bench_generate,
     bench_hours,
@@ -32,7 +33,6 @@ from workflows import (
     bench_scan,
     bench_train,
     cli,
-    stages,
 )
 
 # The train suite comes first: its processes need the accelerator that the others do not give back.
@@ -94,7 +94,7 @@ def main() -> None:
     for name in _SUITES if _SUITE.value == "all" else (_SUITE.value,):
         for row in suites[name]():
             # Asking for the platform takes hold of it: rows that come from other processes name it themselves.
-            platform = {} if "platform" in row else {"platform": stages.platform()}
+            platform = {} if "platform" in row else {"platform": hardware()}
             print(json.dumps({"suite": name, **platform, **row}), flush=True)
 
 

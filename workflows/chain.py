@@ -1,26 +1,33 @@
-"""The chain of a run's stages: prepare, train, evaluate, generate, report. full_run runs it once, ablate often."""
+"""The chain of a run's stages: prepare, train, evaluate, generate, report. full_run runs it once, ablate once a run."""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.metadata
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from harmonic import locks, processes
-from harmonic.checkpoint import load_weights
+import harmonic
+from harmonic import mesh, processes, stages
 from harmonic.config import Config
 from harmonic.describe import describe
-from harmonic.metrics import read_metrics
-from harmonic.records import Manifest
+from harmonic.records import MANIFEST_NAME, Manifest
 from harmonic.report import build_report
+from harmonic.run import SAMPLES, SUMMARY, Run
 from harmonic.train import train
 from pipelines.build import PrepareSpec, prepare
-from workflows import stages
+
+
+def _versions() -> dict[str, str]:
+    """Versions of everything that decides a run's last digits: Python, and the libraries that compute."""
+    found = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
+    return {"harmonic-rnn": harmonic.__version__, "python": sys.version.split()[0], **found}
 
 
 def prepare_data(config: Config, data_dir: Path, source: str | None = None) -> Manifest:
-    """A config's data set, prepared unless it is whole already."""
+    """Prepares a config's data set, unless it is whole already."""
     return prepare(
         PrepareSpec(
             dataset=config.data.dataset,
@@ -41,28 +48,32 @@ def full_run(
     source: str | None = None,
     init_from: str | None = None,
 ) -> dict[str, Any]:
-    """All stages of a run, of which those that are whole are skipped; the report last.
+    """Runs all stages of a run, the report last; a stage whose output is whole is skipped.
 
     Args:
-      command: what the user ran, to be pasted again; noted.
-      source: of recordings, where the data set is not prepared yet.
-      init_from: another run's folder, whose best weights this run starts from.
+      config: of the run.
+      workdir: the run's folder.
+      data_dir: the folder of prepared data sets.
+      command: the command line that the user gave, for the report.
+      source: of recordings, if the data set is not prepared yet.
+      init_from: another run's folder; this run starts from its best weights.
 
     Returns:
-      What summary.json holds.
+      The content of summary.json.
 
     Raises:
       UserError: another process writes to the run's folder; and what each stage raises.
     """
-    with locks.writing(workdir):
-        return _stages(config, workdir, data_dir, command, source, init_from)
+    run = Run(workdir)
+    with run.writing():
+        return _stages(config, run, data_dir, command, source, init_from)
 
 
 def _stages(
-    config: Config, workdir: Path, data_dir: Path, command: str, source: str | None, init_from: str | None
+    config: Config, run: Run, data_dir: Path, command: str, source: str | None, init_from: str | None
 ) -> dict[str, Any]:
-    data = data_dir / config.data.dataset
-    before = stages.read_json(workdir / "summary.json") or {}
+    data, workdir = data_dir / config.data.dataset, run.folder
+    before = run.read(SUMMARY) or {}
     seconds: dict[str, Any] = {}
 
     def stage(name: str) -> None:
@@ -74,7 +85,7 @@ def _stages(
 
     stage("prepare")
     started = time.monotonic()
-    was_whole = (data / "manifest.json").exists()
+    was_whole = (data / MANIFEST_NAME).exists()
     manifest = prepare_data(config, data_dir, source)
     took("prepare", started, skipped=was_whole)
     processes.gather("")
@@ -83,13 +94,12 @@ def _stages(
     trained = train(config, data, workdir, init_from=init_from)
     processes.finish()
     seconds["train"] = {"seconds": round(trained.seconds, 3)}
-    weights = load_weights(workdir)
-    step = weights.step
+    weights = run.weights()
 
     stage("evaluate")
     started = time.monotonic()
     contexts = config.evaluate.context_seconds
-    figures: Any = stages.evaluation(workdir, manifest, step, contexts=contexts, weights_sha256=weights.sha256)
+    figures: Any = stages.evaluation(workdir, manifest, weights.step, contexts=contexts, weights_sha256=weights.sha256)
     whole = figures is not None
     if not whole:
         figures = stages.evaluate_run(workdir, data, contexts=contexts)
@@ -97,15 +107,15 @@ def _stages(
 
     stage("generate")
     started = time.monotonic()
-    samples: Any = stages.read_json(workdir / "samples" / "samples.json")
-    wanted = (weights.sha256, stages.as_json(config.generate))
+    samples: Any = run.read(SAMPLES)
+    wanted = (weights.sha256, dataclasses.asdict(config.generate))
     whole = samples is not None and (samples.get("weights_sha256"), samples["settings"]) == wanted
     if not whole:
         samples = stages.sample_run(workdir, data)
     took("generate", started, skipped=whole)
 
     stage("report")
-    curve = [line for line in read_metrics(workdir) if line["kind"] == "train"]
+    curve = [line for line in run.metrics() if line["kind"] == "train"]
     summary = {
         "name": config.name,
         "command": command,
@@ -133,10 +143,10 @@ def _stages(
         },
         "test": figures,
         "generate": {"samples_per_second": samples["samples_per_second"], "samples": len(samples["samples"])},
-        "platform": stages.platform(),
-        "versions": stages.versions(),
+        "platform": mesh.hardware(),
+        "versions": _versions(),
         "stages": seconds,
     }
-    stages.write_json(workdir / "summary.json", summary)
+    run.write(SUMMARY, summary)
     build_report(workdir)
     return summary

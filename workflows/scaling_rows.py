@@ -13,7 +13,8 @@ from absl import flags
 
 from harmonic.config import MeshConfig
 from harmonic.errors import UserError
-from workflows import bench_scaling, cli, stages
+from harmonic.mesh import hardware
+from workflows import bench_scaling, cli
 
 _MESHES = flags.DEFINE_list("meshes", ["1x1"], "meshes to measure, as data x seq: 1x8,8x1")
 _REFERENCE = flags.DEFINE_string("reference", "reference.npz", "what 1x1 writes, and the others are compared with")
@@ -33,7 +34,7 @@ def main() -> None:
             dataclasses.replace(config, mesh=MeshConfig(int(data), int(seq))), Path(_REFERENCE.value)
         )
         if speaks:
-            print(json.dumps({"platform": stages.platform(), **row}), flush=True)
+            print(json.dumps({"platform": hardware(), **row}), flush=True)
 
 
 if __name__ == "__main__":

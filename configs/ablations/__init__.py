@@ -8,69 +8,47 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from pathlib import Path
+from typing import Any
 
 from configs import sc09, sc09_small
 from harmonic.config import Config, run_file
 from harmonic.errors import UserError
+from harmonic.models.harmonic_rnn.config import ModelConfig
+from harmonic.published import PAPER, find
+from harmonic.study.plan import Published, Run, Study
+
+__all__ = [
+    "SIZES",
+    "Published",
+    "Run",
+    "Study",
+    "base",
+    "load_study",
+    "published",
+    "study_names",
+    "width",
+    "with_model",
+]
 
 SIZES = ("paper", "small")
 
 
-@dataclasses.dataclass(frozen=True)
-class Published:
-    """What the paper prints of a run; None where it prints nothing.
+def published(dataset: str, variant: str = "", *, speeds: bool = False) -> Published:
+    """What the paper prints of one of its cases.
 
-    Attributes:
-      bits_per_sample: test likelihood.
-      fid, inception_score: of its samples.
-      parameters: exact, as the published code counts them.
-      epochs_per_hour, generated_per_second: speeds on a TPU v4-8, batch 32; the second in samples a second.
+    Args:
+      dataset, variant: of a row in harmonic.published.
+      speeds: also its speeds.
     """
-
-    bits_per_sample: float | None = None
-    fid: float | None = None
-    inception_score: float | None = None
-    parameters: int | None = None
-    epochs_per_hour: float | None = None
-    generated_per_second: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One row of a study: its folder's name, what it is called, its config, and what the paper says of it."""
-
-    name: str
-    title: str
-    config: Config
-    published: Published = Published()
-
-
-@dataclasses.dataclass(frozen=True)
-class Study:
-    """Runs that differ in one thing.
-
-    Attributes:
-      name: of its folder and its files.
-      title: its heading.
-      reproduces: which table or figure of the paper.
-      note: what a reader must know to compare.
-      baseline: name of the run that the others are compared with; empty where they are not comparable.
-      runs: in the order of the table.
-    """
-
-    name: str
-    title: str
-    reproduces: str
-    note: str
-    baseline: str
-    runs: tuple[Run, ...]
-
-    def __post_init__(self) -> None:
-        names = [run.name for run in self.runs]
-        if not names or len(set(names)) < len(names) or any(not n or set(n) & set("/\\. ") for n in names):
-            raise UserError(f"study {self.name!r}: its runs need plain names, each another: {names}")
-        if self.baseline and self.baseline not in names:
-            raise UserError(f"study {self.name!r}: baseline={self.baseline!r} is none of its runs {', '.join(names)}")
+    value = find(dataset, PAPER, variant).value
+    return Published(
+        bits_per_sample=value("bits_per_sample"),
+        fid=value("fid"),
+        inception_score=value("is"),
+        parameters=value("parameters"),
+        epochs_per_hour=value("epochs_per_hour") if speeds else None,
+        generated_per_second=value("generated_per_second") if speeds else None,
+    )
 
 
 def base(size: str) -> Config:
@@ -79,14 +57,24 @@ def base(size: str) -> Config:
         return sc09.get_config()
     config = sc09_small.get_config()
     return dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, pool_groups=config.model.width),
+        with_model(config, config.name, pool_groups=width(config)),
         data=dataclasses.replace(config.data, window_length=2_000),
         train=dataclasses.replace(
             config.train, steps=600, validate_every=60, checkpoint_every=120, validation_recordings=48
         ),
         generate=dataclasses.replace(config.generate, num_samples=4, num_continuations=2),
     )
+
+
+def width(config: Config) -> int:
+    """Features of the model's residual stream."""
+    assert isinstance(config.model, ModelConfig)
+    return config.model.width
+
+
+def with_model(config: Config, name: str, **fields: Any) -> Config:
+    """The config under another name, with other values of its model's fields."""
+    return dataclasses.replace(config, name=name, model=dataclasses.replace(config.model, **fields))
 
 
 def study_names() -> list[str]:

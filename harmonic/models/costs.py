@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
@@ -21,16 +21,19 @@ def broadcast(size: int, among: int) -> int:
     return -(-2 * (among - 1) * size // among)
 
 
-class Exchange(Protocol):
+@dataclasses.dataclass(frozen=True)
+class Exchange:
     """What the shards of a sequence send one another at one place of the model, in each segment.
 
     Attributes:
       name: of the place.
+      numbers: of one sequence, as each kind of exchange says.
       times: how many such places there are; above 1 for a layer.
     """
 
     name: str
-    times: int
+    numbers: int
+    times: int = 1
 
     def sent(self, rows: int, shards: int, several: bool) -> dict[str, int]:
         """Bytes that one device sends for one segment: {"forward", "backward"}.
@@ -41,22 +44,18 @@ class Exchange(Protocol):
           several: segments follow one another: the backward pass makes each again, and the state between two of them
             is told to all shards.
         """
-        ...
+        raise NotImplementedError(f"{type(self).__name__} must say what it sends")
 
 
 @dataclasses.dataclass(frozen=True)
-class Halo:
-    """Each shard's end goes to its right neighbour.
+class Halo(Exchange):
+    """Each shard's end, of `numbers`, goes to its right neighbour.
 
     Attributes:
-      numbers: that end, for one sequence.
       differentiated: its gradient is sent back.
     """
 
-    name: str
-    numbers: int
     differentiated: bool = True
-    times: int = 1
 
     def sent(self, rows: int, shards: int, several: bool) -> dict[str, int]:
         """As `Exchange.sent`."""
@@ -68,16 +67,11 @@ class Halo:
 
 
 @dataclasses.dataclass(frozen=True)
-class Carry:
+class Carry(Exchange):
     """Every shard gathers the others' maps of a linear recurrence: the product of its a, and the state it leaves.
 
-    Attributes:
-      numbers: of the state, real ones, for one sequence.
+    `numbers` are those of the state, real ones.
     """
-
-    name: str
-    numbers: int
-    times: int = 1
 
     def sent(self, rows: int, shards: int, several: bool) -> dict[str, int]:
         """As `Exchange.sent`."""

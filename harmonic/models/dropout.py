@@ -38,8 +38,8 @@ def dropout(x: jax.Array, rate: float, rng: Dropout | None, block: jax.Array | i
     chunks = (rng.chunk + jnp.arange(time // per_chunk)).astype(jnp.uint32)
     key = _mix(rng.words[0] ^ _mix(rng.words[1] + jnp.asarray(block).astype(jnp.uint32)))
     key = _mix(key + _mix(rng.examples.astype(jnp.uint32))[:, None])
-    key = _mix(key + _mix(chunks ^ jnp.uint32(0x9E3779B9)))
-    bits = _mix(key[..., None] + _mix(place ^ rng.words[1])).reshape(batch, time, width)
+    key = _mix(key + _mix(chunks ^ jnp.uint32(0x9E3779B9))[None])
+    bits = _mix(key[..., None] + _mix(place ^ rng.words[1])[None, None]).reshape(batch, time, width)
     keep = bits >= jnp.uint32(round(rate * 2**32))
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
 

@@ -128,9 +128,7 @@ def split_rule(shares: Sequence[float] | None, validation_list: str | None, test
     lists = {split: _read_list(f"--{split}_list", file) for split, file in given.items()}
     both = sorted(lists["validation"] & lists["test"])
     if both:
-        raise UserError(
-            f"{one_line(both[0])} is in both {given['validation']} and {given['test']}; take it out of one"
-        )
+        raise UserError(f"{one_line(both[0])} is in both {given['validation']} and {given['test']}; take it out of one")
     return SplitRule(lists=lists, files=given)
 
 

@@ -106,11 +106,11 @@ def run_block(
     u, gate = product(n, matrix[:, :inner]), product(n, matrix[:, inner:])
     h, h_last = cg_lru(u, bias[:inner], weights.decay, weights.theta, h0, axis=axis, implementation=kernel)
     y = product(h, jnp.concatenate([weights.read_re.kernel, weights.read_im]))
-    branch = dense(gated_gelu(y, weights.read_re.bias, gate, bias[inner:]), *weights.last)
+    branch = dense(gated_gelu(y, weights.read_re.bias, gate, bias[inner:], implementation=kernel), *weights.last)
     x = x + dropout(branch, rate, rng, 2 * number, per_chunk)
     n, (matrix, bias) = normalise(x), weights.mlp
     up, gate = product(n, matrix[:, : 2 * width]), product(n, matrix[:, 2 * width :])
-    branch = dense(gated_gelu(up, bias[: 2 * width], gate, bias[2 * width :]), *weights.mlp_last)
+    branch = dense(gated_gelu(up, bias[: 2 * width], gate, bias[2 * width :], implementation=kernel), *weights.mlp_last)
     return x + dropout(branch, rate, rng, 2 * number + 1, per_chunk), h_last
 
 

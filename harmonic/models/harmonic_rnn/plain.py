@@ -40,12 +40,12 @@ class PlainModel(HarmonicRNN):
     def _key(self) -> tuple[Any, ...]:
         return *super()._key(), self.variant
 
-    def prepare(self, params: Params) -> Params:
+    def prepare(self, params: Params) -> Any:
         """The parameters as they are."""
         return params
 
     def apply(
-        self, weights: Params, inputs: Inputs, state: State, *, rng: Dropout | None = None, axis: str | None = None
+        self, weights: Any, inputs: Inputs, state: State, *, rng: Dropout | None = None, axis: str | None = None
     ) -> tuple[jax.Array, State]:
         """Logits [batch, time, 1, num_levels] of a segment, and the state after it."""
         if axis is not None:
@@ -88,7 +88,7 @@ class PlainModel(HarmonicRNN):
         logits = self.head.bind(weights["head"])(x)[:, :, None]
         return logits, State(state.position, tokens[:, -1], self.join(hidden), tuple(pending[::-1]), state.collected)
 
-    def step(self, weights: Params, inputs: Inputs, state: State) -> tuple[jax.Array, State]:
+    def step(self, weights: Any, inputs: Inputs, state: State) -> tuple[jax.Array, State]:
         """Logits [batch, 1, 1, num_levels] of the next sample, and the state."""
         factors = self.config.pool_factors
         hidden = dict(self.cut(state.hidden))
