@@ -267,6 +267,8 @@ class Manifest:
         for name in ("sample_rate", "channels", "window_length", "hop_length", "record_length"):
             if getattr(manifest, name) < 1:
                 raise ValueError(f"{name} is {getattr(manifest, name)}, below 1")
+        if manifest.channels > MAX_CHANNELS:
+            raise ValueError(f"channels is {manifest.channels}, above {MAX_CHANNELS}")
         if manifest.token_dtype not in _DTYPES:
             raise ValueError(f"token_dtype is {manifest.token_dtype!r:.60}, not one of {', '.join(_DTYPES)}")
         if raw["format"] == FORMAT and text != manifest.to_json():

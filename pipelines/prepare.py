@@ -139,7 +139,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    if not any(argument.startswith("--runner") for argument in sys.argv):
+    # Another runner may need all of Beam, and `datasets`, which opens hf: sources, needs pandas.
+    if not any(argument.startswith(("--runner", "hf:", "--source=hf:")) for argument in sys.argv):
         leave_out_unused()
     exit_status = main(sys.argv[1:])
     gc.freeze()  # the interpreter's last collection would visit all of Beam's objects for half a second

@@ -198,6 +198,7 @@ def test_a_manifest_that_is_sealed_again_is_read():
         "{}",
         "[" * 100_000,
         change(["format"], 3),
+        change(["channels"], records.MAX_CHANNELS + 1),
         change(["window_length"], 0),
         change(["hop_length"], 0),
         change(["hop_length"], None),
