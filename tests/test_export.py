@@ -262,7 +262,8 @@ def test_generate_and_stream(exported, tmp_path):
     quiet, loud = (dataclasses.replace(model, loudness=loudness) for loudness in (-29.0, -23.0))
     peaks = [abs(next(one.stream(prompt=prompt, **settings))).max() for one in (quiet, loud)]
     assert peaks[1] < 0.9 and peaks[1] / peaks[0] == pytest.approx(10 ** (6 / 20), rel=0.1)
-    np.testing.assert_array_equal(*(next(loud.stream(prompt=factor * prompt, **settings)) for factor in (1, 0.5)))
+    one, half = (next(loud.stream(prompt=factor * prompt, **settings)) for factor in (1, 0.5))
+    assert np.mean(one == half) > 0.99  # the gain is rounded to hundredths of a decibel
 
     soundfile.write(tmp_path / "8.wav", prompt, 8_000)
     for settings, said in (
