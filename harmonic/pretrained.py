@@ -57,7 +57,7 @@ class Pretrained:
 
     @property
     def voice(self) -> Voice:
-        """The model as it is heard."""
+        """The model with its codec, to generate sound."""
         data = self.config.data
         return Voice(self.model, self.params, Codec(data.encoding, data.num_levels, self.sample_rate, self.loudness))
 

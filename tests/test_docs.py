@@ -29,7 +29,9 @@ BANNED = [
     r"\bgone on with\b",
     r"\bon end\b",
     r"\bwhoever\b",
-    r"\bwhat is\b[^.;:]*\blies\b",
+    r"\blies?\b",
+    r"\bstands?\b(?! for\b)",
+    r"\bleave to (read|write|see)\b",
 ]
 
 

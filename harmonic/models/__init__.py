@@ -41,7 +41,7 @@ __all__ = [
 
 
 def kinds() -> tuple[str, ...]:
-    """The kinds that there are: the folders of this package that have a config.py."""
+    """All kinds: the folders of this package that have a config.py."""
     return tuple(sorted(path.parent.name for root in __path__ for path in Path(root).glob("*/config.py")))
 
 

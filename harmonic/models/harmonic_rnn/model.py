@@ -146,7 +146,7 @@ class HarmonicRNN(base.Model):
         return _Part(lambda rngs: layers.Pool(self.config, factor, initializer, rngs=rngs))
 
     def init(self, key: jax.Array) -> Params:
-        """Fresh float32 parameters; all blocks lie along a leading axis, as one stack of `num_blocks`."""
+        """Fresh float32 parameters; all blocks are stacked along a leading axis, as one stack of `num_blocks`."""
         parts = {"embedding": self.embedding, "head": self.head, **self.pools}
         params = {name: part.init(jax.random.fold_in(key, i)) for i, (name, part) in enumerate(parts.items())}
         blocks = jax.vmap(self.block.init)(jax.random.split(jax.random.fold_in(key, len(parts)), self.num_blocks))
