@@ -269,6 +269,7 @@ def test_generate_and_stream(exported, tmp_path):
     for settings, said in (
         ({"seconds": 0}, "seconds=0 is impossible"),
         ({"seconds": float("nan")}, "seconds=nan is impossible"),
+        ({"seconds": 140_000}, "seconds=140000 is impossible: it must be above 0 and at most 134,213"),
         ({"num_samples": 0}, "num_samples=0 is impossible"),
         ({"temperature": 0}, "temperature=0 is impossible"),
         ({"prompt": prompt, "seconds": 1_000 / 16_000}, "counts prompt and continuation together"),
