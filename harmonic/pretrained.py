@@ -141,7 +141,7 @@ def _load_folder(folder: Path) -> Pretrained:
     names = sorted(path.name for path in folder.iterdir())
     if WEIGHTS in names:
         return read_export(folder)
-    if "checkpoints" in names or (CONFIG in names and not hub.is_export(_read_config(folder / CONFIG))):
+    if "checkpoints" in names or (CONFIG in names and not hub.is_export(files.read_json(folder / CONFIG))):
         return _load_run(folder)
     if pickles := [name for name in names if name.endswith(_PICKLES)]:
         raise UserError(
@@ -174,17 +174,13 @@ def read_export(folder: Path, *, again: str = "export it again") -> Pretrained:
     return Pretrained(model, params, config, rate, loudness, {name: about[name] for name in ("weights", "data")})
 
 
-def _read_config(path: Path) -> Any:
-    return files.read_json(path, remedy=f"it says which model {WEIGHTS} is: export it again")
-
-
 def read_config(path: Path) -> tuple[dict[str, Any], Config]:
     """Reads an export's config.json: (all of it, the run's config in it).
 
     Raises:
       UserError: the file is something else, of another version, or has impossible values.
     """
-    raw = _read_config(path)
+    raw = files.read_json(path, remedy=f"it says which model {WEIGHTS} is: export it again")
     if not hub.is_export(raw):
         raise UserError(f"{path} is not that of a HarmonicRNN export; make one with python -m workflows.export")
     if raw.get("format") != FORMAT:

@@ -181,9 +181,9 @@ def _train(
         shown, speed = reached.step, Throughput()
         while reached.step < settings.steps and not (stop := agreed(max(caught, default=0))):
             host_batch = next(batches)
-            with jax.profiler.StepTraceAnnotation("train", step_num=reached.step):
-                batch = place_batch(host_batch, config, mesh)
-                state, metrics = step_function(state, batch, key, place_step(reached.step, mesh))
+            batch, number = place_batch(host_batch, config, mesh), place_step(reached.step, mesh)
+            with jax.profiler.StepTraceAnnotation("train", step_num=reached.step), jax.transfer_guard("disallow"):
+                state, metrics = step_function(state, batch, key, number)
             step = reached.step = reached.step + 1
             pending.append(metrics)
             speed.add(int(host_batch["length"].sum()) * part.rows[1])  # other processes' rows are about as long
@@ -269,7 +269,7 @@ def place_batch(batch: dict[str, np.ndarray], config: Config, mesh: Mesh) -> dic
 
 
 def place_step(step: int, mesh: Mesh) -> jax.Array:
-    """A step's number on all devices, as int32: as an argument of NumPy's it would be an implicit transfer."""
+    """A step's number as an int32 on all devices."""
     value = np.int32(step)
     return jax.make_array_from_callback((), meshes.sharding(mesh, meshes.REPLICATED), lambda _: value)
 
