@@ -113,7 +113,7 @@ def make_loss_and_grad(model: Model, mesh: Mesh, accumulate: int = 1) -> Callabl
         # grad() is taken of each shard's local sum; the psum comes after it, so its transpose never matters.
         nats, grads = jax.lax.psum((nats, grads), (meshes.DATA, meshes.SEQ))
         count = jax.lax.psum(batch["length"].sum(), meshes.DATA)
-        to_bits = 1 / (math.log(2) * count)
+        to_bits = 1 / (math.log(2) * count.astype(nats.dtype))
         return nats * to_bits, jax.tree.map(lambda g: (g * to_bits).astype(g.dtype), grads)
 
     def loss_and_grad(params, batch, words):
@@ -141,12 +141,13 @@ def make_train_step(model: Model, config: Config, mesh: Mesh) -> jax.stages.Wrap
         loss, grads = loss_and_grad(state.params, batch, words)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & (norm < train.skip_norm)
-        updates, adam = optimizer.update(grads, state.optimizer["adam"], state.params)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to its int32 count of updates
+            updates, adam = optimizer.update(grads, state.optimizer["adam"], state.params)
         params = optax.apply_updates(state.params, updates)
         count = state.optimizer["updates"] + 1
         weight = 1 - train.ema_decay
         if train.ema_debias:
-            weight = weight / (1 - jnp.float32(train.ema_decay) ** count)
+            weight = weight / (1 - jax.lax.pow(jnp.float32(train.ema_decay), count))
         ema = jax.tree.map(lambda old, new: old + (weight * (new - old)).astype(old.dtype), state.ema, params)
         kept = {**state.optimizer, "skipped": state.optimizer["skipped"] + 1, "streak": state.optimizer["streak"] + 1}
         moved = {**state.optimizer, "adam": adam, "updates": count, "streak": jnp.zeros((), jnp.int32)}
