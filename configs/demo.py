@@ -8,17 +8,15 @@ split, where an order-1 Markov model needs 5.2.
 Many small steps: at an equal number of samples, 900 steps of 4 x 4,000 end a quarter of a bit below 450 of 2 x 16,000.
 """
 
+from harmonic import models
 from harmonic.config import Config, DataConfig, EvaluateConfig, GenerateConfig, TrainConfig
-from harmonic.models.harmonic_rnn.config import ModelConfig
 
 
 def get_config() -> Config:
     """The config."""
     return Config(
         name="demo",
-        model=ModelConfig(
-            width=32, state_width=64, pool_factors=(4, 4), blocks_per_level=2, pool_groups=1, dropout=0.0
-        ),
+        model=models.reduced().config,
         data=DataConfig(dataset="demo", encoding="mu_law", window_length=2_000),
         train=TrainConfig(
             steps=1_800,

@@ -2,22 +2,20 @@
 
     python -m workflows.full_run --config=sc09_small --source=sc09.zip
 
-Many small steps over windows of a quarter of a second, of which little is padding; evaluation carries the state through
+Many small steps over windows of a quarter of a second, which hold little padding; evaluation carries the state through
 whole recordings. The learning rate is four times the paper's, and the average of the weights is short and debiased,
 since the run is short.
 """
 
+from harmonic import models
 from harmonic.config import Config, DataConfig, EvaluateConfig, GenerateConfig, TrainConfig
-from harmonic.models.harmonic_rnn.config import ModelConfig
 
 
 def get_config() -> Config:
     """The config."""
     return Config(
         name="sc09_small",
-        model=ModelConfig(
-            width=32, state_width=64, pool_factors=(4, 4), blocks_per_level=2, pool_groups=1, dropout=0.0
-        ),
+        model=models.reduced().config,
         data=DataConfig(dataset="sc09", encoding="mu_law", window_length=4_000),
         train=TrainConfig(
             steps=2_400,
@@ -31,6 +29,6 @@ def get_config() -> Config:
             sample_every=800,
         ),
         evaluate=EvaluateConfig(batch_size=32),
-        # At temperature 1 a model this small drifts into noise: its own samples lead it where no recording ever was.
+        # At temperature 1 a model this small drifts into noise: its own samples take it where no recording has been.
         generate=GenerateConfig(num_samples=8, seconds=1.0, temperature=0.8, prompt_seconds=0.25),
     )

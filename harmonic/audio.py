@@ -1,8 +1,8 @@
 """Quantisers between waveforms and tokens, and audio files (NumPy and libsndfile only).
 
-The quantisers are SaShiMi's, which HarmonicRNN follows: each recording is scaled to its own minimum and maximum, then
-cut into `num_levels` levels after mu-law companding or linearly. All arithmetic is in float32, as theirs is: in another
-precision up to 6 % of the tokens of a very quiet recording differ.
+The quantisers are SaShiMi's, which HarmonicRNN follows: each recording is scaled by its own minimum and maximum, then
+cut into `num_levels` levels, after mu-law companding or linearly. All arithmetic is in float32, as SaShiMi's is: in
+another precision, up to 6 % of the tokens of a very quiet recording differ.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def encode(
     Args:
       waveform: float samples of any shape; taken as float32.
       encoding: `mu_law` or `linear`.
-      low, high: minimum and maximum of the *whole recording*; of `waveform` if not given. Scale first and pad after:
-        zeros that are padded before they are scaled can change every token of an all-positive recording.
+      low, high: minimum and maximum of the *whole recording*; of `waveform` if None. Pad after scaling: zeros that are
+        padded before can change every token of an all-positive recording.
       num_levels: number of levels; 256 is 8 bits.
 
     Returns:
@@ -68,7 +68,7 @@ def encode(
         scaled = np.float32(-1) + np.float32(2) * unit
         magnitude = np.log1p(mu * np.abs(scaled + np.float32(1e-8))) / np.log1p(mu)
         unit = (np.sign(scaled) * magnitude + np.float32(1)) / np.float32(2)
-    # 255.99 rather than 256, so that full scale falls into the last level.
+    # 255.99 instead of 256, so that full scale falls into the last level.
     tokens = np.trunc(unit * np.float32(num_levels - 0.01) + np.float32(0.005))
     return np.clip(tokens, 0, num_levels - 1).astype(dtype)
 
@@ -76,7 +76,7 @@ def encode(
 def decode(tokens: np.ndarray, encoding: str, *, num_levels: int = 256) -> np.ndarray:
     """The waveform of tokens: float32 in [-1, 1], of the same shape.
 
-    The recording's own scale is gone: what comes back fills [-1, 1].
+    The recording's own scale is lost: the waveform fills [-1, 1].
 
     Raises:
       ValueError: an unknown encoding or number of levels.
@@ -130,8 +130,10 @@ def write_wav(path: str | os.PathLike[str], waveform: np.ndarray, sample_rate: i
 
 @contextlib.contextmanager
 def wav_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns what libsndfile, which keeps the reason to itself, or the system says of a file that cannot be written into
-    a UserError."""
+    """Turns an error of libsndfile or of the system while `path` is written into a UserError.
+
+    libsndfile does not give the reason, such as a full disk.
+    """
     try:
         with write_errors(path):
             yield

@@ -28,10 +28,25 @@ from harmonic.errors import UserError, check
 
 T = TypeVar("T")
 
+__all__ = [
+    "Config",
+    "DataConfig",
+    "EvaluateConfig",
+    "GenerateConfig",
+    "MeshConfig",
+    "ModelConfig",  # noqa: F822 (made by __getattr__, for configs that people have)
+    "TrainConfig",
+    "config_names",
+    "from_dict",
+    "load_config",
+    "override",
+    "run_file",
+]
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is prepared and read.
+    """The data set, and how it is read.
 
     Attributes:
       dataset: name of the prepared data set (a folder of the data folder).
@@ -79,8 +94,8 @@ class TrainConfig:
       ema_decay: of the average of the weights that is evaluated and sampled; 0 takes the raw weights.
       ema_debias: weigh the average by the updates made so far, so that the initial weights do not stay in it: for
         short runs.
-      accumulate: parts that each device takes its windows in, one behind the other, their gradients added: the memory
-        of one part, the same result.
+      accumulate: parts that each device takes its windows in, one after another, their gradients added: the memory of
+        one part, the same result.
       segment_length: samples held in memory at once, a multiple of the pooling product; 0 takes whole windows.
       log_every, validate_every, checkpoint_every: steps between; 0 for none but at the end.
       validation_recordings: recordings of the validation split that are looked at; 0 for all.
@@ -158,7 +173,7 @@ class EvaluateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
-    """What full_run generates, and the defaults of workflows.generate.
+    """The clips that full_run generates, and the defaults of workflows.generate.
 
     Attributes:
       num_samples: clips generated side by side.

@@ -65,7 +65,7 @@ class Split:
             _check_records(folder, shard)
 
     def labels(self) -> tuple[str, ...]:
-        """The labels of its recordings, in order; a recording's label is told by its place here."""
+        """The labels of its recordings, in order; a recording's label is given as its place here."""
         return tuple(sorted({r.label for r in self.recordings if r.label is not None}))
 
     def label_numbers(self, labels: Sequence[str]) -> np.ndarray:
@@ -209,8 +209,8 @@ class Windows(grain.sources.RandomAccessDataSource):
       crop: use only the first that many samples of each recording; 0 for all.
       padded: length of a window with its padding; at least the longest window.
       segments: equal parts of that length, which are cut into pieces.
-      labels: of the data set, which tell recordings' labels by number.
-      piece: (i, n): return and read only the i-th of n equal pieces of every segment, one behind the other.
+      labels: of the data set; a recording's label is its number among them.
+      piece: (i, n): return and read only the i-th of n equal pieces of every segment, joined.
 
     Items are {"tokens": [padded / n, channels], "length": int32, of the whole window, "label": int32, its place in
     `labels`, or -1}.
@@ -369,7 +369,7 @@ def evaluation_batches(
       reset_every: cut recordings into rows of that many samples, each with no past; 0 keeps recordings whole.
       limit: look only at that many recordings, spread over the split; 0 for all.
       shard: (i, n): only the i-th of n shares, of about the same size, which together are the whole.
-      labels: of the data set, which tell recordings' labels by number.
+      labels: of the data set; a recording's label is its number among them.
     """
     numbers = split.label_numbers(labels)
     chosen = np.arange(len(split.recordings))

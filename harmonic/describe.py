@@ -103,8 +103,8 @@ def bounds(config: Config, flops: float, bandwidth: float) -> dict[str, Any]:
 def memory(config: Config) -> dict[str, int]:
     """Bytes that one device holds in a training step, by formula.
 
-    What is held of the weights was read from compiled programs on CPU (`memory_analysis`); a test holds the formula to
-    within 25 % of such programs. What the process itself takes, a gigabyte or more, is not in it.
+    The copies of the weights were counted in compiled programs on CPU (`memory_analysis`); a test holds the formula to
+    within 25 % of such programs. The process itself takes a gigabyte or more, which is not included.
 
     Returns:
       {"weights" (parameters and their average), "optimizer", "batch" (the tokens), "gradients" (with the copies of the
@@ -171,8 +171,8 @@ def communication(config: Config) -> dict[str, Any]:
     """Bytes that one device sends in a training step on the config's mesh, by formula; counted as
     `hlo.Collective.sent_bytes` does.
 
-    What is sent forward is sent again where the backward pass makes activations anew: in each layer, and with several
-    segments in each segment. Only between segments does a state have to be told to all shards.
+    The backward pass sends the forward pass's messages again where it recomputes activations: in each layer, and with
+    several segments in each segment. Only between segments is the state sent to all shards.
 
     Returns:
       For each place of the model where shards of a sequence send something, by its name (`layer` for each recurrent

@@ -130,7 +130,7 @@ def evaluate_split(
 
 @dataclasses.dataclass(frozen=True)
 class Baselines:
-    """What stands beside a likelihood, all in bits per sample.
+    """Figures of plain models to compare a likelihood with, all in bits per sample.
 
     Attributes:
       uniform_bits: log2 of the number of levels.

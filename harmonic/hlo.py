@@ -22,7 +22,7 @@ KINDS = ("all-reduce", "all-gather", "collective-permute", "all-to-all", "reduce
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One instruction by which devices talk, where it stands in the program.
+    """One instruction by which devices communicate, and its place in the program.
 
     Attributes:
       kind: one of `KINDS`; a pair of -start and -done counts as one.
@@ -120,7 +120,7 @@ class _Instruction(NamedTuple):
     opcode: str
     operands: tuple[str, ...]
     attributes: str
-    literal: str  # what stands between the parentheses: a constant's value, a parameter's number
+    literal: str  # the text between the parentheses: a constant's value, a parameter's number
 
 
 class _Computation(NamedTuple):
@@ -259,7 +259,7 @@ class _Walk:
         return self._computations[found[1]]
 
     def _element(self, computation: _Computation, name: str, index: int, arguments: tuple[Any, ...]) -> Any:
-        """What stands at a place of a tuple."""
+        """The value of one element of a tuple."""
         instruction = computation.instructions[name]
         if instruction.opcode == "copy":
             return self._element(computation, instruction.operands[0], index, arguments)
@@ -313,7 +313,7 @@ def _collective(computation: _Computation, instruction: _Instruction, kind: str)
     elif iota := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
         group = int(iota[1])
     op_name = re.search(r'op_name="([^"]*)"', attributes)
-    # Groups of none written stand for all devices: filled in once the header is read.
+    # No groups means all devices: their number is filled in once the header is read.
     return Collective(kind, size, group, targets, (), op_name[1] if op_name else "")
 
 

@@ -1,7 +1,7 @@
-"""One writer at a time for a folder. Standard library only: data workers import it too.
+"""One writer at a time for a folder or a file. Standard library only: data workers import it too.
 
-The lock is the kernel's (flock), so that it ends with the process that holds it, however that ends. What stands in the
-file only tells others who that is.
+The kernel keeps the lock (flock), so it ends with the process that holds it, however the process ends. The lock file's
+text only tells others who that is.
 """
 
 from __future__ import annotations
@@ -18,26 +18,27 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from harmonic.errors import UserError
 from harmonic.files import cannot_write
 
-_WITHOUT = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}  # file systems that know no locks
+_WITHOUT = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}  # from file systems without locks
 _ATTEMPTS = 100
-_held: dict[str, int] = {}  # how many times this process holds each
+_held: dict[str, int] = {}  # how many times this process holds each lock file
 
 
 @contextlib.contextmanager
 def writing(folder: str | os.PathLike[str], *, file: str | os.PathLike[str] | None = None) -> Iterator[None]:
-    """Holds `folder` against other processes that would write to it. Within a process it may be held several times.
+    """Keeps other processes from writing to `folder`. One process may hold the lock several times.
 
     Args:
-      folder: made if it is not there, and removed again if it is empty in the end.
-      file: the lock's file; `.lock` in the folder if not given. It is removed in the end, but after a kill, when the
-        next writer takes it over.
+      folder: made if it does not exist, and removed at the end if it is empty then.
+      file: the lock file; `.lock` in the folder if None. It is removed at the end; after a kill it stays, and the next
+        writer takes it over.
 
     Raises:
-      UserError: another process holds it: who, and since when; or the file cannot be made.
+      UserError: another process holds the lock (the message says which, and since when), or the file cannot be made.
     """
     folder = Path(folder)
     path = os.path.realpath(file or folder / ".lock")
@@ -56,7 +57,7 @@ def writing(folder: str | os.PathLike[str], *, file: str | os.PathLike[str] | No
             descriptor = _take(path, folder)
             break
         except (FileExistsError, FileNotFoundError) as error:
-            # Another process may have removed the empty folder between two looks at it.
+            # Another process may have removed the empty folder between makedirs and open.
             if attempt == _ATTEMPTS or (os.path.lexists(parent) and not os.path.isdir(parent)):
                 raise cannot_write(folder, error) from error
         except OSError as error:
@@ -67,15 +68,34 @@ def writing(folder: str | os.PathLike[str], *, file: str | os.PathLike[str] | No
     finally:
         del _held[path]
         with contextlib.suppress(OSError):
-            os.unlink(path)  # before it is let go: whoever opened it meanwhile finds that it is no more
+            os.unlink(path)  # before unlocking: a process that has it open then sees in `is_at` that it is gone
         os.close(descriptor)
         if made:
             with contextlib.suppress(OSError):
                 os.rmdir(parent)
 
 
+@contextlib.contextmanager
+def locked_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """The file, open to read and to append, made if need be; waits until no other process has it locked."""
+    while True:
+        with open(path, "a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if is_at(file.fileno(), path):
+                yield file
+                return
+
+
+def is_at(descriptor: int, path: str | os.PathLike[str]) -> bool:
+    """Whether an open file is still the file at `path`: another process may have renamed or removed it."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 def _take(path: str, folder: Path) -> int:
-    """The descriptor of the locked file."""
+    """The descriptor of the lock file, locked."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
@@ -90,33 +110,27 @@ def _take(path: str, folder: Path) -> int:
             if error.errno not in _WITHOUT:
                 os.close(descriptor)
                 raise
-            print(f"{folder} lies where files cannot be locked: let no two processes write to it", file=sys.stderr)
-        if _is_at(descriptor, path):
+            print(f"{folder} is on a file system without locks: let no two processes write to it", file=sys.stderr)
+        if is_at(descriptor, path):
             break
-        os.close(descriptor)  # its holder has just removed it
+        os.close(descriptor)  # its last holder has just removed it
     about = {
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "command": shlex.join(sys.orig_argv)[:250],
     }
-    with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+    with contextlib.suppress(OSError):  # a full disk: the lock holds without the text
         os.ftruncate(descriptor, 0)
         os.write(descriptor, json.dumps(about).encode() + b"\n")
     return descriptor
 
 
-def _is_at(descriptor: int, path: str) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
 def _holder(descriptor: int) -> str:
+    """Which process holds the lock, from the lock file's text, for a message."""
     try:
         about = json.loads(os.pread(descriptor, 4_096, 0))
         who = f" (pid {about['pid']} on {about['host']}, since {about['since']}: {about['command']})"
-        return " " + " ".join(who.split())[:400]  # one line, whatever stood in the command
+        return " " + " ".join(who.split())[:400]  # one line, whatever the command holds
     except (OSError, ValueError, KeyError, TypeError):
-        return ""  # it has only just begun
+        return ""  # the holder has not written its text yet

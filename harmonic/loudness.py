@@ -1,7 +1,7 @@
-"""Silence and loudness of waveforms of any length, from blocks of samples: what `--trim_silence` and `--loudness` do.
+"""Silence and loudness of waveforms of any length, block by block: for `--trim_silence` and `--loudness`.
 
-A waveform is given as a function that starts over and yields its float32 blocks [time], so that measures that need the
-whole before they can judge a part pass over it twice.
+A waveform is a function that yields its float32 blocks [time] from the start at each call: a measure that must know the
+whole before it can judge a part passes over the blocks twice.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ Blocks = Callable[[], Iterator[np.ndarray]]
 
 # librosa.effects.trim's defaults.
 _FRAME, _HOP = 2_048, 512
-_FLOOR = 1e-10  # power, of an amplitude of 1e-5: nothing below it is louder than anything else
-BLOCK = 256 * _HOP  # samples; blocks for `trim` are multiples of the hop but for the last
+_FLOOR = 1e-10  # power, of an amplitude of 1e-5; all frames below it count as equally loud
+BLOCK = 256 * _HOP  # samples; for `trim`, every block but the last must be a multiple of the hop
 _GATE = 10 ** ((-70 + 0.691) / 10)  # power of -70 LUFS
 
 
 def trim(blocks: Blocks, length: int, decibels: float) -> tuple[int, int]:
-    """Where a waveform begins and ends once leading and trailing silence is cut off, in samples.
+    """The first and the last sample + 1 of a waveform without leading and trailing silence.
 
     As `librosa.effects.trim(waveform, top_db=decibels)`: frames of 2,048 samples, 512 apart, are silent when their root
     mean square is that many decibels or more below the loudest one's.
@@ -63,12 +63,12 @@ def _sums_of_four(values: np.ndarray) -> np.ndarray:
 
 
 def gain(blocks: Blocks, peak: float, target: float) -> float:
-    """What brings a waveform to a loudness of `target` LUFS, or as near to it as its peak stays within full scale.
+    """The factor that brings a waveform to a loudness of `target` LUFS, but its peak not above full scale.
 
-    1 where nothing in it is above -70 LUFS.
+    It starts from 1 if nothing in the waveform is above -70 LUFS.
     """
     measured = loudness(blocks)
-    # Hundredths of a decibel: far below what is heard, far above what differs from one processor to another.
+    # Hundredths of a decibel are far below what is heard, and far above the differences between processors.
     wanted = 10 ** (round(target - measured, 2) / 20) if math.isfinite(measured) else 1.0
     return min(wanted, 1 / max(peak, 1e-30))
 
@@ -76,14 +76,14 @@ def gain(blocks: Blocks, peak: float, target: float) -> float:
 def loudness(blocks: Blocks) -> float:
     """Integrated loudness of a mono waveform at 16 kHz in LUFS (ITU-R BS.1770-4, which EBU R 128 uses).
 
-    K-weighted, over blocks of 400 ms that overlap by three quarters, of which those below -70 LUFS and then those more
-    than 10 LU below the rest are left out. What is shorter than 400 ms is one block. -inf where nothing is left. Holds
+    K-weighted, over blocks of 400 ms that overlap by three quarters. Blocks below -70 LUFS are left out, and then those
+    more than 10 LU below the mean of the others; -inf if none is left. A shorter waveform is one block. The memory is
     ten numbers for each second.
     """
-    import pyloudnorm  # and SciPy: only where loudness is asked for
+    import pyloudnorm  # here, with SciPy, since most runs need neither
     from scipy.signal import lfilter
 
-    # The standard's filters for any sample rate, after Brecht De Man; pyloudnorm's meter wants the whole at once.
+    # The standard's filters for any sample rate, after Brecht De Man. pyloudnorm's meter would need the whole at once.
     filters = (
         pyloudnorm.IIRfilter(3.99984385397, 0.7071752369554193, 1681.9744509555319, SAMPLE_RATE, "high_shelf_DeMan"),
         pyloudnorm.IIRfilter(0.0, 0.5003270373253953, 38.13547087613982, SAMPLE_RATE, "high_pass_DeMan"),

@@ -56,7 +56,7 @@ def model_card(
     perceptual = read_json(workdir / "perceptual.json") or {}
     if perceptual.get("step") != weights["step"]:
         perceptual = {}
-    model = models.about(getattr(config.model, "kind", models.DEFAULT_KIND))
+    model = models.about(config.model.kind)
     papers = [f"arxiv:{model.arxiv}"] if model.arxiv else []
     link = f" ([arXiv {model.arxiv}](https://arxiv.org/abs/{model.arxiv}))" if model.arxiv else ""
     sections = [
@@ -71,7 +71,7 @@ def model_card(
     sections.append("## Generate\n\n" + _USE.format(name=load_name, **settings))
     sections.append("## Figures\n\n" + _figures(weights, test, perceptual))
     sections.append("## Data\n\n" + _data(manifest, about))
-    sections.append("## Train it\n\n" + _command((read_json(workdir / "summary.json") or {}), config))
+    sections.append("## Train it\n\n" + _command(read_json(workdir / "summary.json") or {}, config))
     card = ModelCardData(
         license=license_name,
         library_name="harmonic-rnn",

@@ -1,9 +1,9 @@
-"""Memorised or composed? The training excerpts that lie nearest to what a model generates.
+"""Memorised or composed? The training excerpts that are nearest to generated clips.
 
-Sounds are compared as log-mel frames, an excerpt with every excerpt of every training recording, at every frame of
-both. The distance of two excerpts is the root mean square difference of their frames in dB, once a difference of level
-is taken out: 0 for a copy, however loud. What it means is said by two groups beside the generated clips: held-out
-recordings (which the model has not seen), and copies of training excerpts (softer, quantised again, between frames).
+Sounds are compared as log-mel frames: every excerpt of a clip with every excerpt of every training recording, at steps
+of one frame. The distance of two excerpts is the root mean square difference of their frames in dB, after removing the
+difference in level: 0 for a copy, however loud. Two other groups give the scale: held-out recordings, which the model
+has not seen, and copies of training excerpts (softer, quantised again, between frames).
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from harmonic.voice import Codec
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75)
 _SHORTEST = 0.1  # seconds of an excerpt: a few frames
-_DEFAULT = 1.0
-_SILENT = 1.0  # dB of standard deviation, below which an excerpt has nothing to be compared by
+_DEFAULT = 1.0  # seconds of an excerpt
+_SILENT = 1.0  # dB of standard deviation; an excerpt with less has no shape to compare
 _HELD_OUT, _COPIES = 32, 32  # clips, at least
 _HELD_OUT_SECONDS = 4.0  # of a held-out clip, at most (and at least an excerpt)
-_HEARD = {"generated": 8, "held_out": 4}  # of each group, the nearest are written as WAV files
-_BLOCK, _ROWS = 8_192, 256  # training frames, and frames of a clip, that are multiplied at a time
-_MIDDLE = 40.0  # dB that are added to frames: sums of smaller numbers are more exact
+_WRITTEN = {"generated": 8, "held_out": 4}  # how many of each group, the nearest first, become WAV files
+_BLOCK, _ROWS = 8_192, 256  # training frames, and frames of a clip, in one matrix product
+_CENTRE = 40.0  # dB added to every frame: it brings frames near 0, where float32 sums are more exact
 
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """A sound to be looked for: its name, waveform [time] in [-1, 1], and what else is known of it."""
+    """A sound to search for: its name, its waveform [time] in [-1, 1], and more fields for its row in nearest.json."""
 
     name: str
     waveform: np.ndarray
@@ -48,14 +48,14 @@ class Clip:
 
 
 @dataclasses.dataclass
-class Found:
-    """What is nearest to a clip: to each of its excerpts, and to the whole of it.
+class Nearest:
+    """The nearest training excerpt to each excerpt of a clip, and the nearest to the whole clip.
 
     Attributes:
       distance: [excerpts + 1] float64 in dB, by the frame where the excerpt begins; the last is the whole clip's.
-        infinity: there is none.
+        Infinity if there is no training excerpt of that length.
       recording, frame: [excerpts + 1] where the nearest begins: index of the training recording, and its frame.
-      silent: [excerpts + 1] bool: nothing to compare by; their distance is infinity.
+      silent: [excerpts + 1] bool: no shape to compare; the distance is infinity.
     """
 
     distance: np.ndarray
@@ -66,8 +66,14 @@ class Found:
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-    """Frames [time, MELS] of one recording behind the other, and each one's recording, number in it, and how many of
-    the recording's frames stand before it here."""
+    """Training frames of several recordings, one recording after the other.
+
+    Attributes:
+      frames: [time, MELS].
+      recording: [time] index of each frame's recording.
+      frame: [time] each frame's number in its recording.
+      run: [time] how many frames of the same recording precede each frame in this block.
+    """
 
     frames: np.ndarray
     recording: np.ndarray
@@ -76,27 +82,29 @@ class _Block:
 
 
 def frames_of(seconds: float, sample_rate: int) -> int:
-    """Whole frames in a sound of that length."""
+    """How many whole frames a sound of that length has."""
     window, hop = frame_sizes(sample_rate)
     return max(0, 1 + (round(seconds * sample_rate) - window) // hop)
 
 
-def find_nearest(clips: Sequence[np.ndarray], split: Split, length: int, *, show_progress: bool = False) -> list[Found]:
-    """The nearest excerpts of a split, in memory that does not depend on how much there is of it.
+def find_nearest(
+    clips: Sequence[np.ndarray], split: Split, length: int, *, show_progress: bool = False
+) -> list[Nearest]:
+    """The nearest excerpts of a split, in memory that does not depend on the size of the split.
 
     Args:
       clips: log-mel frames [time, MELS] of each, time at least `length`.
-      split: what is looked through, all of it.
+      split: the recordings to search, all of them.
       length: frames of an excerpt.
     """
-    clips = [clip.astype(np.float32) + np.float32(_MIDDLE) for clip in clips]
+    clips = [clip.astype(np.float32) + np.float32(_CENTRE) for clip in clips]
     found = [_nothing(clip, length) for clip in clips]
     longest = max(len(clip) for clip in clips)
     progress = (
         Progress("compare", len(split.recordings), unit="recording", rate_unit="recordings") if show_progress else None
     )
     done = 0
-    # On several threads these small products took four times as long (3.2 and 15 CPU-seconds on two busy cores).
+    # On several threads these small products took more than four times as long (15 CPU-seconds against 3.2, two cores).
     with threadpool_limits(1, "blas"):
         for block in _blocks(split, longest - 1, max(_BLOCK, 2 * longest)):
             statistics = {n: _window_sums(block.frames, block.run, n) for n in {length, *map(len, clips)}}
@@ -113,18 +121,20 @@ def find_nearest(clips: Sequence[np.ndarray], split: Split, length: int, *, show
     return found
 
 
-def _nothing(clip: np.ndarray, length: int) -> Found:
+def _nothing(clip: np.ndarray, length: int) -> Nearest:
+    """The state before anything is compared."""
     excerpts = len(clip) - length + 1
     norms = np.append(_window_sums(clip, None, length)[1], _window_sums(clip, None, len(clip))[1][-1:])
     cells = np.append(np.full(excerpts, length), len(clip)) * MELS
     places = np.full((2, excerpts + 1), -1)
-    return Found(np.full(excerpts + 1, np.inf), places[0], places[1], norms < _SILENT**2 * cells)
+    return Nearest(np.full(excerpts + 1, np.inf), places[0], places[1], norms < _SILENT**2 * cells)
 
 
 def _window_sums(frames: np.ndarray, run: np.ndarray | None, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(sum, sum of squares about the mean) of every `length` frames; float64, by the first frame.
+    """(sum, sum of squares about the mean) of every `length` consecutive frames; float64, by the first frame.
 
-    With `run` by the last frame instead, as long as `frames`, and infinity where a recording has not so many.
+    With `run`, by the last frame instead, with as many entries as `frames`; the sum of squares is infinity where the
+    recording has fewer than `length` frames so far.
     """
     wide = frames.astype(np.float64)
     totals = np.cumsum([np.append(0.0, wide.sum(1)), np.append(0.0, (wide**2).sum(1))], axis=1)
@@ -142,12 +152,13 @@ def _window_sums(frames: np.ndarray, run: np.ndarray | None, length: int) -> tup
 
 
 def _compare(
-    clip: np.ndarray, block: _Block, length: int, statistics: dict[int, tuple[np.ndarray, np.ndarray]], best: Found
+    clip: np.ndarray, block: _Block, length: int, statistics: dict[int, tuple[np.ndarray, np.ndarray]], best: Nearest
 ) -> None:
-    """Notes where the block has something nearer than the best so far.
+    """Updates `best` with the excerpts of the block that are nearer.
 
-    |a - b|^2 = |a|^2 + |b|^2 - 2ab, where the sum ab of a window is that of the window one frame earlier (in both),
-    plus the product of the frames that enter, minus that of those that leave: one product of frames serves all.
+    |a - b|^2 = |a|^2 + |b|^2 - 2ab. The sum ab over a window is the sum over the window one frame earlier (in both
+    sounds), plus the product of the frames that enter, minus that of the frames that leave. So one matrix product of
+    all frames is enough for all windows.
     """
     ours_sum, ours_norm = _window_sums(clip, None, length)
     whole_sum, whole_norm = _window_sums(clip, None, len(clip))
@@ -165,7 +176,8 @@ def _compare(
             best.distance[place], best.recording[place] = distance, block.recording[at]
             best.frame[place] = block.frame[at] - size + 1
 
-    rows = max(1, min(_ROWS, 8 * _BLOCK * _ROWS // len(block.frames)))  # long clips have long blocks
+    # Long clips have long blocks: fewer rows at a time bound the memory.
+    rows = max(1, min(_ROWS, 8 * _BLOCK * _ROWS // len(block.frames)))
     for first in range(0, len(clip), rows):
         stop = min(first + rows, len(clip))
         entering, leaving = clip[first:stop] @ twice, clip[max(first - length, 0) : max(stop - length, 0)] @ twice
@@ -185,7 +197,7 @@ def _compare(
 
 
 def _blocks(split: Split, overlap: int, size: int) -> Iterator[_Block]:
-    """All frames of a split, some `size` at a time; what is cut apart overlaps by `overlap` frames."""
+    """All frames of a split, about `size` at a time; parts of a long recording overlap by `overlap` frames."""
     rate, codec = split.manifest.sample_rate, Codec.of(split.manifest)
     window, hop = frame_sizes(rate)
     pieces: list[tuple[np.ndarray, int, int]] = []
@@ -195,7 +207,7 @@ def _blocks(split: Split, overlap: int, size: int) -> Iterator[_Block]:
         for first in range(0, max(total - overlap, min(total, 1)), size - overlap):
             stop = min(first + size, total)
             waveform = codec.decode(split.read(index, first * hop, (stop - 1) * hop + window))
-            pieces.append((log_mel(waveform, rate) + np.float32(_MIDDLE), index, first))
+            pieces.append((log_mel(waveform, rate) + np.float32(_CENTRE), index, first))
             held += stop - first
             if held >= size:
                 yield _block(pieces)
@@ -215,15 +227,15 @@ def _block(pieces: list[tuple[np.ndarray, int, int]]) -> _Block:
 
 
 def _frames(waveform: np.ndarray, sample_rate: int) -> np.ndarray:
-    """Log-mel frames of a clip at full level, as the data set's recordings are."""
+    """Log-mel frames of a clip, scaled to full level as the data set's recordings are."""
     return log_mel(waveform / max(float(np.abs(waveform).max(initial=0)), 1e-9), sample_rate)
 
 
-# What is compared.
+# The three groups of clips.
 
 
 def generated_clips(workdir: str | Path, sample_rate: int, most: int) -> tuple[list[Clip], dict[str, Any]]:
-    """The clips of a run's samples folder, continuations without their prompt, and what samples.json says of them all.
+    """The clips of a run's samples folder (continuations without their prompt), and samples.json's step and weights.
 
     Raises:
       UserError: there are none, or one cannot be read.
@@ -271,7 +283,7 @@ def _held_out(dataset: Dataset, wanted: int, length: int, shortest: int) -> list
 
 
 def _copies(split: Split, wanted: int, length: int) -> list[Clip]:
-    """Training excerpts as a model might that knows them by heart: softer, quantised again, between frames."""
+    """Training excerpts as a model that memorised them might play them: softer, quantised again, between frames."""
     usable, numbers, clips = np.flatnonzero(split.lengths >= length), np.random.default_rng(1), []
     codec, hop = Codec.of(split.manifest), frame_sizes(split.manifest.sample_rate)[1]
     for place in sorted({round(i) for i in np.linspace(0, len(usable) - 1, min(wanted, len(usable)))}):
@@ -292,19 +304,20 @@ def compare_run(
     num_clips: int = 16,
     show_progress: bool = False,
 ) -> dict[str, Any]:
-    """Looks for a run's generated clips in what it was trained on; writes RUN/nearest.json, and sounds beside it.
+    """Searches a run's training data for its generated clips; writes RUN/nearest.json, and sounds to RUN/nearest.
 
     Args:
       workdir: the run's folder, with samples.
       data: folder of the data set that it was trained on.
-      seconds: of an excerpt. Not given: a second, or less where the clips, or a tenth of the training recordings, are
+      seconds: of an excerpt. By default a second, or less if the clips or a tenth of the training recordings are
         shorter.
-      num_clips: look at that many generated clips at most.
+      num_clips: generated clips to compare, at most.
 
     Returns:
-      What nearest.json holds: {"seconds", "as_near_as_a_copy" and "nearer_than_held_out" (limits in dB), "training",
-      "groups" (by group: "clips", "excerpts", "silent", "quantiles", and the shares of excerpts within those limits),
-      "generated" and "held_out" (a row for each clip, the nearest first), and what samples.json says}.
+      The content of nearest.json: {"seconds", "as_near_as_a_copy" and "nearer_than_held_out" (limits in dB),
+      "training", "groups" (by group: "clips", "excerpts", "silent", "quantiles", and the shares of excerpts within
+      those limits), "generated" and "held_out" (a row for each clip, the nearest first), and samples.json's step and
+      weights}.
 
     Raises:
       UserError: no samples, other data than the run's, or excerpts that do not fit.
@@ -370,34 +383,34 @@ def _write(
     folder: Path,
     report: dict[str, Any],
     groups: dict[str, list[Clip]],
-    results: dict[str, list[Found]],
+    results: dict[str, list[Nearest]],
     train: Split,
     size: int,
 ) -> None:
-    """Writes the sounds that are to be heard, and nearest.json last, with a row for each clip."""
+    """Writes the nearest excerpts as sounds, and nearest.json last, with a row for each clip."""
     (folder / "nearest.json").unlink(missing_ok=True)  # its sounds are about to be replaced
     sounds = folder / "nearest"
     shutil.rmtree(sounds, ignore_errors=True)
     sounds.mkdir()
-    for name, heard in _HEARD.items():
+    for name, written in _WRITTEN.items():
         rows = sorted(zip(groups[name], results[name], strict=True), key=lambda row: row[1].distance[:-1].min())
-        heard_as = [f"{name}_{number:04d}" if number < heard else None for number in range(len(rows))]
-        report[name] = [_row(*row, train, size, sounds, file) for row, file in zip(rows, heard_as, strict=True)]
+        names = [f"{name}_{number:04d}" if number < written else None for number in range(len(rows))]
+        report[name] = [_row(*row, train, size, sounds, file) for row, file in zip(rows, names, strict=True)]
     files.write_whole(folder / "nearest.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
 
 
-def _distances(results: list[Found]) -> np.ndarray:
-    """Of all excerpts that have one."""
+def _distances(results: list[Nearest]) -> np.ndarray:
+    """The finite distances of all excerpts."""
     every = np.concatenate([result.distance[:-1] for result in results] or [np.zeros(0)])
     return every[np.isfinite(every)]
 
 
-def _quantile(results: list[Found], q: float) -> float | None:
+def _quantile(results: list[Nearest], q: float) -> float | None:
     distances = _distances(results)
     return float(np.quantile(distances, q)) if len(distances) else None
 
 
-def _summary(results: list[Found], limits: dict[str, float | None]) -> dict[str, Any]:
+def _summary(results: list[Nearest], limits: dict[str, float | None]) -> dict[str, Any]:
     distances = _distances(results)
     shares = {
         name: float((distances <= limit).mean()) if limit is not None and len(distances) else None
@@ -412,8 +425,11 @@ def _summary(results: list[Found], limits: dict[str, float | None]) -> dict[str,
     }
 
 
-def _row(clip: Clip, result: Found, train: Split, size: int, sounds: Path, file: str | None) -> dict[str, Any]:
-    """A clip's nearest excerpt, and the nearest to the whole clip; with a file name, both are written to be heard."""
+def _row(clip: Clip, result: Nearest, train: Split, size: int, sounds: Path, file: str | None) -> dict[str, Any]:
+    """The nearest excerpt to an excerpt of a clip, and the nearest to the whole clip.
+
+    With a file name, writes the clip's excerpt and its nearest training excerpt as sounds.
+    """
     rate = train.manifest.sample_rate
     hop = frame_sizes(rate)[1]
 

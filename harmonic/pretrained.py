@@ -41,12 +41,11 @@ class Pretrained:
     """A trained model.
 
     Attributes:
-      model, params: for `model.apply(params, ...)`.
+      model, params: the model and its parameters, as `model.init` names them.
       config: the run's.
       sample_rate: Hz.
-      loudness: LUFS that its recordings were brought to, all on one scale; None where each was scaled to its own
-        minimum and maximum.
-      about: what else an export's config.json says (`weights`, `data`); empty for a run's folder.
+      loudness: of its recordings in LUFS; None where each was scaled to its own minimum and maximum.
+      about: `weights` and `data` of an export's config.json; empty for a run's folder.
     """
 
     model: Model
@@ -58,7 +57,7 @@ class Pretrained:
 
     @property
     def voice(self) -> Voice:
-        """The model as it is heard."""
+        """The model with its codec, to generate sound."""
         data = self.config.data
         return Voice(self.model, self.params, Codec(data.encoding, data.num_levels, self.sample_rate, self.loudness))
 
@@ -126,7 +125,7 @@ class Pretrained:
 
 
 def load(path_or_hub_id: str | os.PathLike[str], revision: str | None = None) -> Pretrained:
-    """A model that generates; see `harmonic.load`."""
+    """See `harmonic.load`."""
     folder, name = Path(path_or_hub_id).expanduser(), str(path_or_hub_id)
     if folder.is_dir():
         if revision is not None:
@@ -142,7 +141,7 @@ def _load_folder(folder: Path) -> Pretrained:
     names = sorted(path.name for path in folder.iterdir())
     if WEIGHTS in names:
         return read_export(folder)
-    if "checkpoints" in names or (CONFIG in names and not hub.is_export(_read_config(folder / CONFIG))):
+    if "checkpoints" in names or (CONFIG in names and not hub.is_export(files.read_json(folder / CONFIG))):
         return _load_run(folder)
     if pickles := [name for name in names if name.endswith(_PICKLES)]:
         raise UserError(
@@ -159,14 +158,14 @@ def _load_run(workdir: Path) -> Pretrained:
 
 
 def read_export(folder: Path, *, again: str = "export it again") -> Pretrained:
-    """Reads an export, and checks it: format, names, shapes and types against its config, checksum, finiteness.
+    """Reads an export, and checks its format, checksum and finiteness, and names, shapes and types against its config.
 
     Args:
-      folder: of `config.json` and `model.safetensors`.
-      again: what to do about damaged files.
+      folder: with `config.json` and `model.safetensors`.
+      again: the way out if a file is damaged.
 
     Raises:
-      UserError: says what differs.
+      UserError: names what differs.
     """
     about, config = read_config(folder / CONFIG)
     model = models.make(config.model, config.data.num_levels)
@@ -175,17 +174,13 @@ def read_export(folder: Path, *, again: str = "export it again") -> Pretrained:
     return Pretrained(model, params, config, rate, loudness, {name: about[name] for name in ("weights", "data")})
 
 
-def _read_config(path: Path) -> Any:
-    return files.read_json(path, remedy=f"it says which model {WEIGHTS} is: export it again")
-
-
 def read_config(path: Path) -> tuple[dict[str, Any], Config]:
-    """An export's config.json: (all of it, the run's config within).
+    """Reads an export's config.json: (all of it, the run's config in it).
 
     Raises:
-      UserError: it is something else, of another version, or has values that cannot be.
+      UserError: the file is something else, of another version, or has impossible values.
     """
-    raw = _read_config(path)
+    raw = files.read_json(path, remedy=f"it says which model {WEIGHTS} is: export it again")
     if not hub.is_export(raw):
         raise UserError(f"{path} is not that of a HarmonicRNN export; make one with python -m workflows.export")
     if raw.get("format") != FORMAT:
@@ -209,7 +204,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], Config]:
 
 
 def flatten(params: Any) -> dict[str, Any]:
-    """Parameters, or their shapes, by the names that they have in model.safetensors."""
+    """Parameters, or their shapes, by their names in model.safetensors."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 

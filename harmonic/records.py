@@ -1,14 +1,14 @@
-"""What a prepared data set consists of: records, the index of recordings, and the manifest (NumPy only).
+"""The format of a prepared data set: records, the index of recordings, and the manifest (NumPy only).
 
 A data set is a folder:
 
-    manifest.json                             what it is and holds; written last: without it there is no data set
+    manifest.json                             properties and contents; written last: without it there is no data set
     train-00000-of-00002.array_record         records, each a piece of one recording
     train-00000-of-00002.recordings.jsonl     the shard's index: one recording a line, in the order of its records
 
-A **record** is a contiguous piece of one recording. A recording's pieces stand one behind the other in one shard, do
-not overlap, and are `record_length` samples long but for the last. Windows are index arithmetic over them
-(`harmonic.data`).
+A **record** is a contiguous piece of one recording. A recording's pieces follow one another in one shard, do not
+overlap, and are `record_length` samples long, except that the last may be shorter. Windows are index arithmetic over
+the pieces (`harmonic.data`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import numpy as np
 
 from harmonic.errors import UserError
 
-FORMAT = 2  # 1 had no hop, no options and no checksum; it is still read
+FORMAT = 2  # format 1 had no hop, no options and no checksum; it can still be read
 SPLITS = ("train", "validation", "test")
 MANIFEST_NAME = "manifest.json"
 MAX_CHANNELS = 1_024
@@ -36,13 +36,13 @@ _MAGIC = b"HRN1"
 _PREFIX = struct.Struct("<4sI")  # magic, bytes of the JSON header
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 _quote = json.JSONEncoder().encode  # of text, or None
-_CHECKSUM = struct.Struct("<I")  # CRC-32 of everything before it
+_CHECKSUM = struct.Struct("<I")  # CRC-32 of all bytes before it
 _DTYPES: dict[str, np.dtype[Any]] = {"uint8": np.dtype("<u1"), "uint16": np.dtype("<u2")}
 _NAMES = {dtype.newbyteorder(order): name for name, dtype in _DTYPES.items() for order in ("<", ">")}
 
 
 class RecordError(ValueError):
-    """A record's bytes are damaged or not a record."""
+    """The bytes are damaged, or they are no record."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Record:
       offset: where the piece starts in the recording, in samples.
       recording_length: the recording's length, in samples.
       tokens: [length, channels], uint8 or uint16.
-      label: what the source says of the recording (the digit, for SC09), or None.
+      label: the source's word for the recording (the digit, for SC09), or None.
     """
 
     recording: str
@@ -76,7 +76,7 @@ def encode_record(record: Record) -> bytes:
 def record_head(
     recording: str, label: str | None, offset: int, length: int, recording_length: int, channels: int, dtype: str
 ) -> bytes:
-    """What a record begins with: magic, header length, JSON header (of sorted keys, without spaces)."""
+    """The first bytes of a record: magic, header length, JSON header (with sorted keys, without spaces)."""
     text = (
         f'{{"channels":{channels},"dtype":"{dtype}","label":{_quote(label)},"length":{length},"offset":{offset},'
         f'"recording":{_quote(recording)},"recording_length":{recording_length}}}'
@@ -85,8 +85,10 @@ def record_head(
 
 
 def record_tokens(data: bytes, head: bytes, length: int, channels: int, dtype: str) -> np.ndarray | None:
-    """The tokens [length, channels] of a record that begins with this head: a view, of which nothing is parsed and no
-    checksum looked at. None if it is not that record."""
+    """The tokens [length, channels] of the record that begins with this head, or None if `data` is another record.
+
+    They are a view of `data`. Nothing is parsed, and the checksum is not compared.
+    """
     kind = _DTYPES[dtype]
     values = length * channels
     if not data.startswith(head) or len(data) != len(head) + values * kind.itemsize + _CHECKSUM.size:
@@ -99,7 +101,7 @@ def decode_record(data: bytes, *, verify: bool = True) -> Record:
 
     Args:
       data: its bytes; the tokens are a view of them.
-      verify: compare with the checksum; not needed where whoever read the bytes has checked them.
+      verify: compare with the checksum; not needed if the reader of the bytes has checked them.
 
     Raises:
       RecordError: the bytes are not a record, are cut short, or do not match their checksum.
@@ -124,7 +126,7 @@ def decode_record(data: bytes, *, verify: bool = True) -> Record:
             raise ValueError("recording and label must be text")
         offset, recording_length = header["offset"], header["recording_length"]
         if not (type(offset) is type(recording_length) is int and 0 <= offset < 2**63 > recording_length >= 0):
-            raise ValueError(f"it stands at {offset!r:.20} of {recording_length!r:.20} samples")
+            raise ValueError(f"it is at {offset!r:.20} of {recording_length!r:.20} samples")
         return Record(recording, offset, recording_length, tokens.reshape(length, channels), label)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise RecordError(f"the record's header does not describe its {stop - start} bytes: {error}") from error
@@ -137,13 +139,12 @@ class Recording:
     Attributes:
       id: as in `Record.recording`.
       length: samples.
-      records: how many records hold it.
+      records: number of its records.
       label: as in `Record.label`.
-      low, high: what quantisation scaled to -1 and 1, in the waveform after mixing and resampling: its minimum and
-        maximum, or, where loudness is normalised, -1 / gain and 1 / gain.
+      low, high: the samples that were quantised as -1 and 1, in the waveform after mixing and resampling: its minimum
+        and maximum or, if loudness was normalised, -1 / gain and 1 / gain.
       source_rate: the source file's sample rate, in Hz.
-      level: root mean square of that waveform (of what trimming left of it), in dB below full scale; None in a data set
-        of format 1.
+      level: root mean square of that waveform after trimming, in dB below full scale; None in a data set of format 1.
       cut_front, cut_back: samples that trimming cut off.
     """
 
@@ -191,7 +192,7 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Skipped:
-    """A recording that could not be read, and why."""
+    """A recording that could not be read, and the reason."""
 
     recording: str
     split: str
@@ -200,21 +201,21 @@ class Skipped:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a data set is and what it holds.
+    """A data set's properties and contents.
 
     Attributes:
       dataset: its name.
-      source: where it came from, as given (`hub`, a path or URL, `synth`).
-      fingerprint: SHA-256 over what the source held, and over hop, trimming, loudness and splits where they are not the
-        defaults; equal fingerprints, equal recordings to train on.
+      source: the source as it was given (`hub`, a path or URL, `synth`).
+      fingerprint: SHA-256 of the source's content, and of hop, trimming, loudness and splits if they are not the
+        defaults; equal fingerprints mean equal recordings to train on.
       sample_rate: Hz.
-      encoding, num_levels, token_dtype, channels: what a token is.
+      encoding, num_levels, token_dtype, channels: of the tokens.
       window_length: samples of the data set's usual training window; `windows` are counted with it.
       hop_length: samples from the start of one such window to the start of the next.
       record_length: the longest piece in a record, in samples.
-      trim_silence: leading and trailing silence that many dB below the loudest frame was cut off; None: it was not.
+      trim_silence: leading and trailing silence that many dB below the loudest frame was cut off; None: nothing was.
       loudness: recordings were brought to that loudness, in LUFS, and to one scale; None: each has its own scale.
-      split_rule: `default` (the source's own, or by hash), `hash` with its shares, or `lists` with their SHA-256.
+      split_rule: `default` (the source's own, or by hash), `hash` with the shares, or `lists` with their SHA-256.
       splits: by name, each of `SPLITS`.
       skipped: recordings that could not be read.
     """
@@ -237,17 +238,17 @@ class Manifest:
     skipped: tuple[Skipped, ...] = ()
 
     def to_json(self) -> str:
-        """The text of manifest.json, its own checksum in it: the same manifest always gives the same text."""
+        """The text of manifest.json with its own checksum; the same manifest always gives the same text."""
         body = {"format": FORMAT, **dataclasses.asdict(self)}
         checksum = hashlib.sha256(json.dumps(body, indent=2).encode()).hexdigest()
         return json.dumps({**body, "checksum": checksum}, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Reads `to_json`'s text.
+        """Reads the text of `to_json`.
 
         Raises:
-          ValueError: not the JSON of a manifest, of another format, with values that cannot be, or changed.
+          ValueError: it is not the JSON of a manifest, has another format or impossible values, or was changed.
         """
         raw = json.loads(text)
         if not isinstance(raw, dict) or raw.get("format") not in (1, FORMAT):
@@ -266,6 +267,8 @@ class Manifest:
         for name in ("sample_rate", "channels", "window_length", "hop_length", "record_length"):
             if getattr(manifest, name) < 1:
                 raise ValueError(f"{name} is {getattr(manifest, name)}, below 1")
+        if manifest.channels > MAX_CHANNELS:
+            raise ValueError(f"channels is {manifest.channels}, above {MAX_CHANNELS}")
         if manifest.token_dtype not in _DTYPES:
             raise ValueError(f"token_dtype is {manifest.token_dtype!r:.60}, not one of {', '.join(_DTYPES)}")
         if raw["format"] == FORMAT and text != manifest.to_json():
@@ -274,12 +277,12 @@ class Manifest:
 
 
 def count_windows(length: int, window_length: int, hop_length: int | None = None) -> int:
-    """How many windows cut a recording of `length` samples: the last is the first that reaches its end, perhaps short.
+    """The number of windows of a recording. The last is the first one that reaches the end; it may be short.
 
     Args:
       length: samples of the recording.
       window_length: samples of a window.
-      hop_length: from one window's start to the next; `window_length` if not given. Longer ones skip samples.
+      hop_length: from one window's start to the next; `window_length` if None. A longer hop skips samples.
     """
     hop = hop_length or window_length
     return -(-(max(length - window_length, 0) + min(window_length, hop)) // hop) if length else 0
@@ -293,10 +296,10 @@ def load_manifest(folder: str | os.PathLike[str]) -> Manifest:
     """
     path = Path(folder) / MANIFEST_NAME
     try:
-        return Manifest.from_json(path.read_bytes().decode())  # not as text: that would mend damaged line ends
+        return Manifest.from_json(path.read_bytes().decode())  # text mode would repair damaged line ends
     except FileNotFoundError:
         raise UserError(
-            f"{path} is missing: no data set stands in {folder}; make one with "
+            f"{path} is missing: there is no data set in {folder}; make one with "
             f"python -m pipelines.prepare --dataset {Path(folder).name} --output_dir {Path(folder).parent}"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
@@ -304,7 +307,7 @@ def load_manifest(folder: str | os.PathLike[str]) -> Manifest:
 
 
 def read_index(folder: str | os.PathLike[str], shard: Shard) -> Iterator[Recording]:
-    """The recordings of a shard, in the order of their records.
+    """Yields the recordings of a shard, in the order of their records.
 
     Raises:
       UserError: the index is missing or damaged.

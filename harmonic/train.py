@@ -270,7 +270,7 @@ def place_batch(batch: dict[str, np.ndarray], config: Config, mesh: Mesh) -> dic
 
 
 def place_step(step: int, mesh: Mesh) -> jax.Array:
-    """A step's number on all devices, as int32: as an argument of NumPy's it would be an implicit transfer."""
+    """A step's number as an int32 on all devices."""
     value = np.int32(step)
     return jax.make_array_from_callback((), meshes.sharding(mesh, meshes.REPLICATED), lambda _: value)
 

@@ -137,7 +137,7 @@ class Piece(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Voice:
-    """A model that is heard.
+    """A model together with its codec: it generates sound.
 
     Attributes:
       model, params: the model and its parameters, as `model.init` names them.

@@ -1,4 +1,4 @@
-"""What the pipelines' command lines share: arguments, a line of progress, tables, and errors in one line."""
+"""Shared by both command lines: arguments, a line of progress, tables, and errors in one line."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ _PLAIN_SECONDS, _TERMINAL_SECONDS = 5.0, 0.5  # between lines of progress
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are the user's, in one line."""
+    """A parser that raises UserError."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
 
 
 class ProgressLine:
-    """What is done, rate and time left on stderr: one line that changes on a terminal, plain lines elsewhere."""
+    """Progress, rate and time left on stderr: one line that changes on a terminal, plain lines elsewhere."""
 
     def __init__(self, stream: TextIO, unit: str = "recordings"):
         self._stream, self._unit = stream, unit
         self._terminal = stream.isatty()
         self._last = time.monotonic()
-        self._first: tuple[float, int, float, float] | None = None  # when work was first seen to be done, and how much
+        self._first: tuple[float, int, float, float] | None = None  # time and values when work was first done
         self._shown = False
 
     def __call__(self, done: int, total: int, seconds: float = 0.0, share: float | None = None) -> None:
-        """Shows, not too often, how far things are.
+        """Shows the progress, unless that was just done.
 
         Args:
-          done, total: of the unit.
-          seconds: of audio that are done, where that is known.
-          share: of the work that is done, where that is not done / total.
+          done, total: numbers of units.
+          seconds: of audio that are done, if known.
+          share: of the work that is done, if that is not done / total.
         """
         now = time.monotonic()
         share = done / total if share is None else share
         if self._first is None and (done or seconds):
-            self._first = now, done, seconds, share  # what the start takes says nothing of what is left
+            self._first = now, done, seconds, share  # the start's duration does not count in the rate
         if self._first is None or now - self._last < (_TERMINAL_SECONDS if self._terminal else _PLAIN_SECONDS):
             return
         since, done_before, seconds_before, share_before = self._first
@@ -68,7 +68,7 @@ class ProgressLine:
 
 
 def guarded(main: Callable[[Sequence[str], ProgressLine], int], argv: Sequence[str], unit: str = "recordings") -> int:
-    """Runs a main; returns the exit status: its own, 2 for what the user can mend, 130 for an interrupt."""
+    """Runs a main; returns its exit status, or 2 for a UserError, or 130 for an interrupt."""
     line = ProgressLine(sys.stderr, unit)
     try:
         return main(argv, line)
@@ -83,7 +83,7 @@ def guarded(main: Callable[[Sequence[str], ProgressLine], int], argv: Sequence[s
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people who wait: `42 s`, `3 min 05 s`, `2 h 10 min`."""
+    """A time left as text: `42 s`, `3 min 05 s`, `2 h 10 min`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -93,7 +93,7 @@ def duration(seconds: float) -> str:
 
 
 def clock(seconds: float, decimals: int = 0) -> str:
-    """Seconds as `h:mm:ss`, with so many decimals."""
+    """Seconds as `h:mm:ss`, with `decimals` digits after the point."""
     units = 10**decimals
     ticks = round(seconds * units)
     whole = ticks // units
@@ -102,7 +102,7 @@ def clock(seconds: float, decimals: int = 0) -> str:
 
 
 def columns(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """Rows as lines of aligned columns, the first `left` of them to the left, the others to the right."""
+    """Rows as lines of aligned columns: the first `left` columns to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(
@@ -114,7 +114,7 @@ def columns(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
 
 
 def manifest_lines(manifest: Manifest, folder: str) -> list[str]:
-    """What a data set is, and what it holds split by split."""
+    """A data set's properties and totals by split, as lines of text."""
     m = manifest
     hop = "" if m.hop_length == m.window_length else f" every {m.hop_length:,}"
     lines = [
@@ -142,7 +142,7 @@ def manifest_lines(manifest: Manifest, folder: str) -> list[str]:
 
 
 def skipped_lines(manifest: Manifest, limit: int = 10) -> list[str]:
-    """What was left out, and why."""
+    """The skipped recordings with the reasons, as lines of text."""
     lines = [f"skipped {one_line(s.recording)} ({s.split}): {s.reason}" for s in manifest.skipped[:limit]]
     if len(manifest.skipped) > limit:
         lines.append(f"skipped {len(manifest.skipped) - limit:,} more; manifest.json lists them all")

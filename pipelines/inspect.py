@@ -1,14 +1,14 @@
-"""Shows what a prepared data set holds, writes parts of it back as sound, and verifies that it is as it was written.
+"""Shows what a prepared data set holds, writes parts of it back as sound, and verifies that no byte of it has changed.
 
     python -m pipelines.inspect data/sc09
     python -m pipelines.inspect data/sc09 --verify
     python -m pipelines.inspect data/sc09 --play=10 --split=test --output_dir=listen
     python -m pipelines.inspect data/mine --recording=tape/3.flac --output_dir=listen
 
-Without --verify: what it is, durations, tokens, the loudest and the quietest recordings, what was skipped and why. With
-it, every byte of every file is read again and compared with the checksums, and every record with its own checksum, the
-index and the manifest: one line for each file and each record that is damaged, and exit status 2 if anything is
-damaged, missing or superfluous.
+Without --verify: the data set's properties, durations, tokens, the loudest and the quietest recordings, the skipped
+recordings and the reasons. With --verify, every byte of every file is read and compared with the checksums, and every
+record with its own checksum, the index and the manifest. Each damaged file and record gets one line, and the exit
+status is 2 if anything is damaged, missing or superfluous.
 """
 
 from __future__ import annotations
@@ -28,20 +28,22 @@ import soundfile
 from harmonic import audio
 from harmonic.errors import UserError, one_line
 from harmonic.records import MANIFEST_NAME, SPLITS, Manifest, count_windows
-from pipelines.array_record_io import is_local, output_errors, read_manifest
+from pipelines.beam.sink import read_manifest
 from pipelines.console import Parser, ProgressLine, clock, columns, guarded, manifest_lines, skipped_lines
-from pipelines.stored import Located, pieces, recordings
-from pipelines.survey import QUANTILES, Survey, plot, survey
-from pipelines.verify import Verifier
+from pipelines.errors import output_errors
+from pipelines.inspection.reading import Located, pieces, recordings
+from pipelines.inspection.survey import QUANTILES, Survey, plot, survey
+from pipelines.inspection.verify import Verifier
+from pipelines.paths import is_local
 
-_LARGEST_WAV = (1 << 31) - 100  # samples of 16 bits, that a WAV file's header can count
+_LARGEST_WAV = (1 << 31) - 100  # samples of 16 bits that a WAV file's header can count
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments.
 
     Raises:
-      UserError: a value that cannot be.
+      UserError: a bad value.
     """
     parser = Parser(
         "python -m pipelines.inspect",
@@ -67,7 +69,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def write_windows(folder: str, manifest: Manifest, split: str, wanted: int, output: str) -> list[dict[str, Any]]:
-    """Writes windows, spread evenly over a split, as WAV files. Returns what each of them is.
+    """Writes windows, spread evenly over a split, as WAV files. Returns a description of each.
 
     Raises:
       UserError: a record is damaged, or the files cannot be written.
@@ -88,7 +90,7 @@ def write_windows(folder: str, manifest: Manifest, split: str, wanted: int, outp
 
 
 def write_recording(folder: str, manifest: Manifest, name: str, output: str) -> dict[str, Any]:
-    """Writes a whole recording as a WAV file. Returns what it is.
+    """Writes a whole recording as a WAV file. Returns a description of it.
 
     Raises:
       UserError: there is no such recording, it is damaged, or the file cannot be written.
@@ -128,7 +130,7 @@ def _write(manifest: Manifest, located: Located, start: int, stop: int, output: 
     return {"file": path, **where, "start_seconds": start / rate, "seconds": (stop - start) / rate}
 
 
-# What is shown.
+# Text.
 
 
 def survey_lines(manifest: Manifest, found: Survey) -> list[str]:
@@ -215,7 +217,7 @@ def _main(argv: Sequence[str], line: ProgressLine) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs; returns the exit status: 0, 2 for a data set that is not whole or a bad argument, 130 for an interrupt."""
+    """Runs; returns the exit status: 0, 2 for a UserError or a data set that is not whole, 130 for an interrupt."""
     return guarded(_main, argv, "MB" if "--verify" in argv else "recordings")
 
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import contextlib
 
+from harmonic import models
 from harmonic.errors import UserError
 from harmonic.records import Manifest
-from pipelines.array_record_io import read_file, read_manifest, remove_file, write_file
-from pipelines.sources import DATA_SETS
+from pipelines.beam.sink import read_manifest
+from pipelines.beam.storage import read_file, remove_file, write_file
+from pipelines.sources.layouts import DATA_SETS
 
 CONFIG_NAME = "config.py"
 _AT_ONCE = 16_000  # samples of 256 levels that are held at once, in all windows of a batch together
 _TO_SEE = 40_000_000  # samples of a training run: some ten minutes on two CPU cores
-_SAMPLES_PER_MINUTE = 3_900_000  # of the reduced model on two CPU cores
 _TO_VALIDATE = 2_000_000  # samples
-_POOLING = 16  # the reduced model's pooling product
-
-_TEMPLATE = '''"""A reduced HarmonicRNN on {recordings:,} recordings of one's own ({hours:.2f} hours to train on).
+_TEMPLATE = '''"""A reduced {model} on {recordings:,} recordings of one's own ({hours:.2f} hours to train on).
 
     python -m workflows.train --config=data/{name}/config.py
     python -m workflows.full_run --config=data/{name}/config.py        # trains, evaluates, generates, reports
@@ -34,7 +33,7 @@ def get_config() -> Config:
     return Config(
         name="{name}",
         model=ModelConfig(
-            width=32, state_width=64, pool_factors=(4, 4), blocks_per_level=2, pool_groups=1, dropout=0.0
+            {sizes}
         ),
         data=DataConfig(
             dataset="{name}",
@@ -68,20 +67,24 @@ def config_text(manifest: Manifest) -> str:
     Windows are the data set's own, or as long as its longest recording where that is shorter; batches, segments and
     steps are such that training takes minutes on two CPU cores.
     """
+    model = models.reduced()
+    multiple = model.config.multiple
     train, validation, test = (manifest.splits[split] for split in ("train", "validation", "test"))
     longest = max(shard.longest for shard in train.shards) or manifest.window_length
     window = min(manifest.window_length, longest)
-    at_once = max(_AT_ONCE * 256 // max(manifest.num_levels, 256) // _POOLING, 40) * _POOLING
+    at_once = max(_AT_ONCE * 256 // max(manifest.num_levels, 256) // multiple, 40) * multiple
     batch = min(max(at_once // window, 1), 32)
     steps = min(max(_TO_SEE // (batch * window), 400), 2_400)
     seconds = min(4.0, max(shard.longest for shard in test.shards) / manifest.sample_rate or 4.0)
     few = validation.samples > _TO_VALIDATE
     hop = f"\n            hop_length={manifest.hop_length:_}," if manifest.hop_length != manifest.window_length else ""
     return _TEMPLATE.format(
+        model=model.config.about.name,
+        sizes=model.source(),
         name=manifest.dataset,
         recordings=train.recordings,
         hours=train.samples / manifest.sample_rate / 3600,
-        minutes=max(1, round(steps * batch * window / _SAMPLES_PER_MINUTE)),
+        minutes=max(1, round(steps * batch * window / model.trained_per_minute)),
         encoding=manifest.encoding,
         levels=manifest.num_levels,
         window=window,

@@ -7,9 +7,9 @@
         --splits=0.8,0.1,0.1 --direct_running_mode=multi_processing --direct_num_workers=0
 
 Writes OUTPUT_DIR/DATASET/{train,validation,test}-NNNNN-of-NNNNN.array_record, and manifest.json last of all: without a
-manifest there is no data set. What stands there already whole is left as it is. Beside recordings of your own stands a
-config.py to train on them. All other arguments are Beam's (--runner, --direct_running_mode, --direct_num_workers, ...);
-one that Beam does not know is refused.
+manifest there is no data set. A data set that is whole already stays as it is. For recordings of your own, the folder
+also gets a config.py to train on them. All other arguments are Beam's (--runner, --direct_running_mode,
+--direct_num_workers, ...); an argument that Beam does not know is refused.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from collections.abc import Sequence
 
 from harmonic.audio import ENCODINGS
 from harmonic.records import Manifest
-from pipelines.array_record_io import is_local, join
+from pipelines.beam.loading import leave_out_unused
 from pipelines.build import PrepareSpec, prepare
 from pipelines.console import Parser, ProgressLine, guarded, manifest_lines, skipped_lines
 from pipelines.own_config import CONFIG_NAME
-from pipelines.sources import DATA_SETS
-from pipelines.workers import leave_out_unused
+from pipelines.paths import is_local, join
+from pipelines.sources.layouts import DATA_SETS
 
 
 def parse(argv: Sequence[str]) -> tuple[PrepareSpec, list[str]]:
-    """The spec, and the arguments that are left to Beam.
+    """The spec, and the arguments for Beam.
 
     Raises:
-      UserError: a value that cannot be, or a missing --dataset.
+      UserError: a bad value, or a missing --dataset.
     """
     default = PrepareSpec("")
     parser = Parser(
@@ -48,7 +48,7 @@ def parse(argv: Sequence[str]) -> tuple[PrepareSpec, list[str]]:
     add = parser.add_argument
     add("--dataset", required=True, help=f"{', '.join(DATA_SETS)}, or a name of your own with --source")
     add(
-        *("--source",),
+        "--source",
         help="hub (the default of the published ones), synth (of the demo), hf:USER/NAME, or a folder or a zip or tar "
         "archive: a path, or a URL (https://, gs://, s3://)",
     )
@@ -57,29 +57,29 @@ def parse(argv: Sequence[str]) -> tuple[PrepareSpec, list[str]]:
     add("--num_levels", type=int, default=default.num_levels, help="2 to 65536 (%(default)s)")
     add("--window_length", type=int, help="samples of a training window (default: the data set's)")
     add(
-        *("--hop_length",),
+        "--hop_length",
         type=int,
         help="samples from the start of one training window to the next: shorter than the window they overlap, longer "
         "they leave samples out (default: the window's length). Evaluation sees every sample once in any case",
     )
     add(
-        *("--splits",),
+        "--splits",
         type=_shares,
         metavar="TRAIN,VALIDATION,TEST",
         help="shares of your own recordings, each by a hash of its name, so that new ones move none of the old "
         "(default: 0.88,0.06,0.06)",
     )
     add("--validation_list", metavar="FILE", help="names of your own recordings for validation, one a line")
-    add("--test_list", metavar="FILE", help="names of those for test; what neither list names is trained on")
+    add("--test_list", metavar="FILE", help="names of those for test; recordings in neither list are trained on")
     add(
-        *("--trim_silence",),
+        "--trim_silence",
         type=float,
         metavar="DB",
         help="cut off leading and trailing silence, DB below a recording's loudest frame, as librosa.effects.trim; "
         "its default is 60, and 30 cuts closer (default: leave it)",
     )
     add(
-        *("--loudness",),
+        "--loudness",
         type=float,
         metavar="LUFS",
         help="bring every recording to that loudness, such as -23 (ITU-R BS.1770-4), and quantise all on one scale "
@@ -88,7 +88,7 @@ def parse(argv: Sequence[str]) -> tuple[PrepareSpec, list[str]]:
     add("--record_length", type=int, default=default.record_length, help="samples of a record (%(default)s)")
     add("--num_shards", type=int, help="at most so many a split (default: one for 32 MiB of source)")
     add("--allow_skipped", action="store_true", help="leave out recordings of a published data set that are damaged")
-    add("--overwrite", action="store_true", help="replace what stands in the data set's folder")
+    add("--overwrite", action="store_true", help="replace the data set in the folder")
     known, rest = parser.parse_known_args(list(argv))
     return PrepareSpec(**{field.name: getattr(known, field.name) for field in dataclasses.fields(PrepareSpec)}), rest
 
@@ -101,12 +101,12 @@ _shares.__name__ = "shares"  # in argparse's message
 
 
 def train_command(manifest: Manifest, output_dir: str) -> str:
-    """The command that trains on a data set, or what to do before."""
+    """The command that trains on a data set, or first copies it to a local disk."""
     name, local = manifest.dataset, is_local(output_dir)
     folder = join(output_dir, name) if local else name
     command = ["python", "-m", "workflows.train", f"--config={name}"]
     if name in DATA_SETS:
-        default, m = DATA_SETS[name], manifest  # the config's own values go with the defaults
+        default, m = DATA_SETS[name], manifest  # the published config has these defaults
         for field, usual in (
             ("encoding", m.encoding == default.encoding),
             ("num_levels", m.num_levels == 256),
@@ -134,13 +134,14 @@ def _main(argv: Sequence[str], line: ProgressLine) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs; returns the exit status: 0, 2 for what the user can mend, 130 for an interrupt."""
+    """Runs; returns the exit status: 0, 2 for a UserError, 130 for an interrupt."""
     return guarded(_main, argv)
 
 
 if __name__ == "__main__":
-    if not any(argument.startswith("--runner") for argument in sys.argv):
+    # Another runner may need all of Beam, and `datasets`, which opens hf: sources, needs pandas.
+    if not any(argument.startswith(("--runner", "hf:", "--source=hf:")) for argument in sys.argv):
         leave_out_unused()
     exit_status = main(sys.argv[1:])
-    gc.freeze()  # so that the interpreter's end does not go over all that Beam has made, for half a second
+    gc.freeze()  # the interpreter's last collection would visit all of Beam's objects for half a second
     sys.exit(exit_status)

@@ -248,7 +248,7 @@ def take_for_the_hub(monkeypatch, hub, folder):
     import datasets
     from huggingface_hub import HfFileSystem, constants
 
-    from pipelines import remote
+    from pipelines.sources import remote
 
     # It keeps listings by address, and the system gives a closed server's port to another one.
     HfFileSystem.clear_instance_cache()

@@ -20,6 +20,7 @@ STUDY = """
 import dataclasses
 from configs.ablations import Published, Run, Study
 from harmonic.config import *
+from harmonic.models.harmonic_rnn.config import ModelConfig
 
 def get_study(size):
     base = Config(

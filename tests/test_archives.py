@@ -19,10 +19,12 @@ from archives import PACK, sc09, tar_bytes, wav, write_folder, write_zip, zip_by
 from hub_server import Fault, Hub
 
 from harmonic.errors import UserError
-from pipelines import remote, stores, tarballs, waveforms
-from pipelines.sources import data_set, open_source
-from pipelines.stores import Unreadable
-from pipelines.waveforms import measure
+from pipelines import limits
+from pipelines.audio.level import Extent
+from pipelines.audio.waveform import measure
+from pipelines.errors import Unreadable
+from pipelines.sources import open_source, remote, tar
+from pipelines.sources.layouts import data_set
 
 ROOT = Path(__file__).parent.parent
 FILES = {f"tape/{side}/{i}.wav": wav(3_000 + i, seed=i) for side in "ab" for i in range(10)}
@@ -34,7 +36,7 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setattr(remote, "LONGEST_SECONDS", 0.01)
     monkeypatch.setenv("NO_PROXY", "*")
     (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(tarballs.tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr(tar.tempfile, "tempdir", str(tmp_path / "tmp"))
     yield
     assert not list((tmp_path / "tmp").iterdir()), "left behind"
 
@@ -144,13 +146,13 @@ def test_bad_places(tmp_path, bucket):
         hub.faults[:] = [Fault(whole=True)]
         assert "does not serve parts of files; download it and give its path" in refusal(f"{hub.url}/plain/a.zip")
         hub.faults[:] = [Fault(status=403)]
-        assert "gives no leave to read (403)" in refusal(f"{hub.url}/plain/a.zip")
+        assert "gives no permission to read (403)" in refusal(f"{hub.url}/plain/a.zip")
     assert "cannot read memory://bucket/x.zip: there is no such file" in refusal("memory://bucket/x.zip")
     assert "is of no known file system; give gs://" in refusal("nowhere://bucket/x.zip")
     with pytest.raises(
         UserError, match=r"workers of DataflowRunner do not see .*; give a URL such as gs://bucket/mine"
     ):
-        open_source(data_set("mine"), str(write_zip(tmp_path / "a.zip", FILES)), "DataflowRunner")
+        open_source(data_set("mine"), str(write_zip(tmp_path / "a.zip", FILES)), unseen_by="DataflowRunner")
     assert "has a layout of its own" in refusal("hf:a/b", "sc09")
     assert "must be hf:user/name" in refusal("hf:a b/c")
 
@@ -181,7 +183,7 @@ def test_a_local_file_that_fails_while_it_is_read_is_not_cut_short(tmp_path, mon
     folder = write_folder(tmp_path / "f", {f"{i}.wav": b"" for i in range(3)})
     soundfile.write(folder / name, np.random.default_rng(0).normal(0, 0.1, 500_000), 16_000)
     file = open_source(data_set("mine"), str(folder)).open(name)
-    add, added = waveforms._Extent.add, []
+    add, added = Extent.add, []
 
     def fails_now(self, block):
         os.dup2(os.open(tmp_path, os.O_RDONLY), file.fileno())  # a folder: from now on, reading it fails
@@ -192,11 +194,11 @@ def test_a_local_file_that_fails_while_it_is_read_is_not_cut_short(tmp_path, mon
         if len(added) == blocks:
             fails_now(self, block)
 
-    monkeypatch.setattr(waveforms._Extent, "add", count)
+    monkeypatch.setattr(Extent, "add", count)
     if not blocks:
         fails_now(None, None)
     with file, pytest.raises(UserError, match=rf"{name}' could not be read to its end: Is a directory; run again"):
-        waveforms.measure(file)
+        measure(file)
     assert len(added) == blocks
 
 
@@ -309,11 +311,11 @@ def test_compressed_in_several_streams(tmp_path):
 
 @pytest.mark.parametrize("kind", ["tar.gz", "tar.bz2", "tar.xz"])
 def test_a_decompression_bomb_is_not_followed(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(stores, "RATIO_SLACK", 1 << 20)
+    monkeypatch.setattr(limits, "RATIO_SLACK", 1 << 20)
     path = tmp_path / f"a.{kind}"
     path.write_bytes(PACK[kind](bytes(60_000_000)))
     written = []
-    monkeypatch.setattr(tarballs, "check_ratio", lambda *a: written.append(a[1]) or stores.check_ratio(*a))
+    monkeypatch.setattr(tar, "check_ratio", lambda *a: written.append(a[1]) or limits.check_ratio(*a))
     assert "more than 100 to 1: that is a decompression bomb and no archive of recordings" in refusal(path)
     assert max(written) < 40_000_000
 

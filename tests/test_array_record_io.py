@@ -12,12 +12,13 @@ from array_record.python.array_record_module import ArrayRecordReader
 from memory_files import FILES
 
 from harmonic import records
-from harmonic.errors import UserError
+from harmonic.errors import UserError, one_line
 from harmonic.records import Record, Recording
-from pipelines import array_record_io as sink
-from pipelines import transforms
-from pipelines.array_record_io import WrittenShard
-from pipelines.build import PrepareSpec, describe, prepare
+from pipelines import errors
+from pipelines.beam import sink, steps
+from pipelines.beam.sink import WrittenShard
+from pipelines.build import PrepareSpec, new_manifest, prepare
+from pipelines.paths import is_local
 
 
 @pytest.fixture(params=["local", "remote"])
@@ -28,20 +29,20 @@ def folder(request, tmp_path):
 
 
 def names(folder):
-    if sink.is_local(folder):
+    if is_local(folder):
         return sorted(os.path.relpath(os.path.join(at, file), folder) for at, _, fs in os.walk(folder) for file in fs)
     return sorted(name.removeprefix(folder + "/") for name in FILES)
 
 
 def contents(folder, name):
-    if sink.is_local(folder):
+    if is_local(folder):
         with open(os.path.join(folder, name), "rb") as file:
             return file.read()
     return FILES[f"{folder}/{name}"]
 
 
 RUN = "0123456789abcdef" * 2
-MANIFEST = describe(PrepareSpec("mine", "a.zip", encoding="mu_law", window_length=5), "f")
+MANIFEST = new_manifest(PrepareSpec("mine", "a.zip", encoding="mu_law", window_length=5), "f")
 
 
 def write(folder, run=RUN):
@@ -60,7 +61,7 @@ def write(folder, run=RUN):
 
 
 def publish(folder, shards, run=RUN):
-    manifest = transforms.assemble(MANIFEST, shards)
+    manifest = steps.assemble(MANIFEST, shards)
     files = [pair for s in shards for pair in zip(s.staged, (s.shard.file, s.shard.index_file), strict=True)]
     sink.publish(folder, run, files, manifest)
     return manifest
@@ -117,7 +118,7 @@ def test_clear_removes_ours_alone(folder):
     write(folder, "f" * 32)
     foreign = ["notes.txt", "train.array_record", "train-00000-of-00001.wav", "_partial-mine/x", "sub/manifest.json"]
     for name in foreign:
-        if sink.is_local(folder):
+        if is_local(folder):
             os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
             open(os.path.join(folder, name), "w").close()
         else:
@@ -129,7 +130,7 @@ def test_clear_removes_ours_alone(folder):
 def test_missing_files_are_named(folder):
     manifest = publish(folder, write(folder))
     victim = manifest.splits["train"].shards[0].file
-    if sink.is_local(folder):
+    if is_local(folder):
         os.truncate(os.path.join(folder, victim), 10)
     else:
         FILES[f"{folder}/{victim}"] = b"short"
@@ -138,7 +139,7 @@ def test_missing_files_are_named(folder):
 
 def test_a_damaged_manifest_is_told(folder):
     publish(folder, write(folder))
-    if sink.is_local(folder):
+    if is_local(folder):
         os.truncate(os.path.join(folder, "manifest.json"), 20)
     else:
         FILES[f"{folder}/manifest.json"] = b"{"
@@ -172,7 +173,7 @@ def test_output_errors(folder, monkeypatch, code, message):
         monkeypatch.setattr(sink, "_move_out", lambda *_: (_ for _ in ()).throw(OSError(code, os.strerror(code))))
         with pytest.raises(UserError, match=f"cannot write to {folder}: {message}"):
             writer.stage("x")
-    with pytest.raises(UserError, match=message), sink.output_errors("x"):
+    with pytest.raises(UserError, match=message), errors.output_errors("x"):
         try:
             raise OSError(code, os.strerror(code))
         except OSError as error:
@@ -183,9 +184,9 @@ def test_a_full_temporary_disk_is_told():
     with pytest.raises(
         UserError, match=r"no space is left in .*; make room there, where temporary files go, or set TMPDIR"
     ):
-        with sink.scratch_errors():
+        with errors.scratch_errors():
             raise OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(FileNotFoundError), sink.scratch_errors():
+    with pytest.raises(FileNotFoundError), errors.scratch_errors():
         raise FileNotFoundError
 
 
@@ -202,6 +203,6 @@ def test_an_unknown_file_system_is_told():
 
 
 def test_one_line():
-    assert sink.one_line("a\n  b\tc") == "a b c"
-    assert sink.one_line("a\x1b[31m\udcff") == "a\\x1b[31m\\udcff"
-    assert len(sink.one_line("x" * 1000)) == 200
+    assert one_line("a\n  b\tc") == "a b c"
+    assert one_line("a\x1b[31m\udcff") == "a\\x1b[31m\\udcff"
+    assert len(one_line("x" * 1000)) == 200

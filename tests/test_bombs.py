@@ -17,9 +17,10 @@ from mains import ROOT
 _CHILD = """
 import json, resource, sys
 from harmonic.errors import UserError
-from pipelines.sources import data_set, open_source
-from pipelines.stores import Unreadable
-from pipelines.waveforms import measure
+from pipelines.audio.waveform import measure
+from pipelines.errors import Unreadable
+from pipelines.sources import open_source
+from pipelines.sources.layouts import data_set
 with open("/proc/self/status") as file:
     size = next(int(line.split()[1]) for line in file if line.startswith("VmSize"))
 resource.setrlimit(resource.RLIMIT_AS, (1024 * size + (150 << 20),) * 2)

@@ -143,3 +143,22 @@ def test_segments_cover_the_window():
     assert override(config, ["train.segment_length=16_000"]).segments == (61, 16_000)
     assert override(config, ["data.crop_length=4_000"]).segments == (1, 4_000)
     assert override(config, ["mesh.seq=8"]).segments == (1, 961_280)
+
+
+def test_configs_that_people_have_still_load(tmp_path):
+    """Those written beside their recordings, and those of before models had kinds."""
+    made = "def get_config():\n    return Config(model=ModelConfig(width=64, pool_groups=1))\n"
+    for line in ("from harmonic.config import Config, ModelConfig", "from harmonic.config import *"):
+        (tmp_path / "mine.py").write_text(f"{line}\n\n{made}")
+        assert load_config(str(tmp_path / "mine.py")).model == ModelConfig(width=64, pool_groups=1)
+    raw = json.loads(Config().to_json())
+    del raw["model"]["kind"], raw["model"]["kernel"]
+    assert from_dict(raw) == Config()
+
+
+def test_a_kind_brings_its_own_fields():
+    with pytest.raises(UserError, match="'gpt' is impossible: it must be one of harmonic_rnn"):
+        override(Config(), ["model.kind=gpt"])
+    with pytest.raises(UserError, match="'os' is impossible"):
+        from_dict({"model": {"kind": "os"}})
+    assert override(Config(), ["model.width=64", "model.kind=harmonic_rnn", "model.pool_groups=2"]).model.width == 64

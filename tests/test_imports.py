@@ -1,11 +1,15 @@
-"""The import arrows of the layout, read from the sources, and what a data worker may not load."""
+"""The import arrows of the layout, read from the sources, and modules that a data worker may not load."""
 
 import ast
+import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from harmonic import models
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("configs", "harmonic", "pipelines", "workflows")
@@ -21,7 +25,7 @@ ALLOWED = {
     },
     "pipelines": {
         "pipelines",
-        *(f"harmonic.{name}" for name in ("audio", "errors", "files", "locks", "loudness", "records")),
+        *(f"harmonic.{name}" for name in ("audio", "errors", "files", "locks", "loudness", "models", "records")),
     },
     "workflows": {"workflows", "pipelines", "configs", "harmonic"},
 }
@@ -29,6 +33,9 @@ ALLOWED = {
 ORDER = """errors files locks audio loudness spectrogram records kernels models config processes mesh published data
     metrics checkpoint run hlo describe evaluate generate voice hub report pretrained model_card export stages step
     evaluators train perceptual nearest study""".split()
+# Within the pipelines: a recording's way is sources -> audio -> beam; sources and audio do not know each other.
+ROOMS = "errors limits paths sources audio beam inspection own_config build console prepare inspect".split()
+APART = ("sources", "audio")
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 MAINS = [p for p in FILES if "__main__" in p.read_text()]
 
@@ -64,6 +71,98 @@ def test_order_within_the_library(path):
     for name in imports(path):
         other = name.split(".")[1]
         assert ORDER.index(other) <= ORDER.index(part), f"{path} imports {name}"
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT / "pipelines").parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "pipelines").rglob("*.py")), ids=lambda p: p.relative_to(ROOT).as_posix()
+)
+def test_order_within_the_pipelines(path):
+    if path == ROOT / "pipelines" / "__init__.py":
+        assert not path.read_text()
+        return
+    for name in imports(path):
+        if name.startswith("pipelines."):
+            other = name.split(".")[1]
+            assert ROOMS.index(other) <= ROOMS.index(room(path)), f"{path} imports {name}"
+            assert {other, room(path)} != set(APART), f"{path} imports {name}"
+
+
+def modules(files: list[Path], root: Path) -> dict[str, Path]:
+    """Files by their modules' names."""
+    return {".".join(p.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): p for p in files}
+
+
+def imported(text: str, known: dict[str, Path]) -> set[Path]:
+    """Files that a module's text imports, anywhere in it, also by strings: code, or a module's whole name.
+
+    The name of a main is a command to start, and no import: mains are not imported (a test of its own).
+    """
+    tree = ast.parse(text)
+    docstrings = {
+        node.body[0].value
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docstrings:
+            names |= {node.value} & known.keys() if known.get(node.value) not in MAINS else set()
+            names |= {a or b for a, b in re.findall(r"\bfrom ([\w.]+) import\b|\bimport ([\w.]+)", node.value)}
+    files = set()
+    for name in names:
+        while name and name not in known:
+            name = name.rpartition(".")[0]
+        files |= {known[name]} if name else set()
+    return files
+
+
+def circle(files: list[Path], root: Path) -> list[str]:
+    """The files of an import circle, or none. The import of a package that comes with a module's does not count."""
+    known = modules(files, root)
+    graph = {path: imported(path.read_text(), known) - {path} for path in files}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return [path.relative_to(root).as_posix() for path in error.args[1]]
+    return []
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    assert circle(FILES, ROOT) == []
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        "import p.a",
+        "from p import a",
+        "from p.a import x",
+        "def f():\n    from p.a import x",
+        "import importlib\n\ndef f():\n    importlib.import_module('p.a')",
+        "start(preload='p.a')",
+        "run('from p.a import x; x()')",
+    ],
+)
+def test_a_circle_is_found_however_it_is_hidden(tmp_path, back):
+    (tmp_path / "p").mkdir()
+    texts = {"__init__": "", "a": "from p import b", "b": "import p.c", "c": back, "d": "from p import a"}
+    for name, text in texts.items():
+        (tmp_path / "p" / f"{name}.py").write_text(text)
+    files = sorted((tmp_path / "p").glob("*.py"))
+    found = circle(files, tmp_path)
+    assert set(found) == {"p/a.py", "p/b.py", "p/c.py"} and len(found) == 4
+    (tmp_path / "p/c.py").write_text(repr(f"Text: {back}"))
+    assert circle(files, tmp_path) == []
 
 
 def test_mains_do_not_import_one_another():
@@ -103,3 +202,22 @@ def test_tests_import_no_other_tests():
 def test_modules_stay_small_enough_to_read():
     lengths = {path: len(path.read_text().splitlines()) for path in FILES}
     assert {str(p): n for p, n in lengths.items() if n > 500} == {}
+
+
+FIELDS = ("pool_factors", "blocks_per_level", "level_blocks", "pool_groups", "gate_blocks", "state_width")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_models_are_known_by_their_protocol_alone(path):
+    """No code outside harmonic/models names a kind, its classes or its fields; configs name the kind they are of."""
+    room = path.relative_to(ROOT).parts
+    if room[0] == "configs" or room[:2] == ("harmonic", "models"):
+        return
+    assert not {name for name in imports(path) for kind in models.kinds() if name.startswith(f"harmonic.models.{kind}")}
+    tree = ast.parse(path.read_text())
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    names |= {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    # The cache of downloads is a folder of the project's name.
+    project = {"harmonic_rnn"} if path == ROOT / "pipelines/sources/hub.py" else set()
+    assert not (names - project) & {*FIELDS, "HarmonicRNN", *models.kinds()}

@@ -22,11 +22,12 @@ from prepared import read_folder
 
 from harmonic import audio, records
 from harmonic.errors import UserError
-from pipelines import inspect, survey
+from pipelines import inspect
+from pipelines.audio.waveform import measure
 from pipelines.build import PrepareSpec, prepare
 from pipelines.console import clock
-from pipelines.verify import Verifier
-from pipelines.waveforms import measure
+from pipelines.inspection import survey
+from pipelines.inspection.verify import Verifier
 
 LENGTHS = [2_000, 350, 700, 1_401, 90, 3_000, 1_999, 640, 1_000, 777, 1_234, 20]
 
@@ -339,7 +340,7 @@ def test_files_that_are_missing_cut_superfluous_or_swapped(copy, tmp_path):
         assert any(line.startswith(f"{shard.file}: record 0 (") and "not" in line for line in found)
     found = damaged(lambda: swap(first.index_file, second.index_file))
     assert {line.split()[0] for line in found} == {first.index_file, second.index_file}
-    with pytest.raises(UserError, match="no data set stands in"):
+    with pytest.raises(UserError, match="there is no data set in"):
         damaged((copy / "manifest.json").unlink)
 
 

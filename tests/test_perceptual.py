@@ -152,7 +152,7 @@ def test_what_a_classifier_hears_does_not_depend_on_the_batch(classifier, digits
 
 
 def test_files_that_are_no_classifier_are_refused(classifier, tmp_path):
-    with pytest.raises(UserError, match=r"no classifier stands there.*train_classifier --workdir=\S+nothing"):
+    with pytest.raises(UserError, match=r"no classifier is there.*train_classifier --workdir=\S+nothing"):
         Classifier.load(tmp_path / "nothing")
     data = bytearray((classifier[0] / "classifier.npz").read_bytes())
     data[len(data) // 2] ^= 1

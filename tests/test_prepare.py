@@ -21,6 +21,7 @@ from prepared import TWO_PROCESSES, read_folder, shards_of, subprocess_of
 from harmonic import audio, records
 from harmonic import loudness as levels
 from pipelines import build, prepare
+from pipelines.beam import graph
 from pipelines.build import PrepareSpec
 
 
@@ -203,7 +204,7 @@ def test_splits_by_lists(run, refused, tmp_path):
         (both[:2], "--validation_list is given without --test_list; every data set has both splits"),
         ([*both[:2], "--test_list", tmp_path / "gone"], "gone cannot be read: No such file or directory; give a text"),
         ([*both[:2], "--test_list", lists["none"]], "none names no recordings; every split needs at least one"),
-        ([*both[:2], "--test_list", lists["v"]], "0/0.wav stands in both"),
+        ([*both[:2], "--test_list", lists["v"]], "0/0.wav is in both"),
         (
             [*both[2:], "--validation_list", tmp_path / "absent"],
             "names 2 recordings that are not there, 7/7.wav the first",
@@ -253,6 +254,7 @@ def test_trimming_and_loudness(tmp_path):
 
 def test_a_prompt_is_scaled_as_the_recordings_are(tmp_path):
     """By its own extremes, or to their loudness: as a prompt, a recording has the tokens that it was prepared to."""
+    from harmonic.audio import read_audio
     from harmonic.data import Dataset
     from harmonic.voice import Codec
 
@@ -262,7 +264,9 @@ def test_a_prompt_is_scaled_as_the_recordings_are(tmp_path):
         build.prepare(spec)
         split = Dataset(spec.folder).split("train")
         path = str(source / split.recordings[0].id)
-        np.testing.assert_array_equal(Codec.of(split.manifest).prompt(path), split.read(0))
+        codec = Codec.of(split.manifest)
+        np.testing.assert_array_equal(codec.prompt(path), split.read(0))
+        np.testing.assert_array_equal(codec.prompt(read_audio(path)[0]), split.read(0))
 
 
 # The config of one's own.
@@ -355,7 +359,7 @@ def test_what_stands_whole_needs_no_source(run, refused, tmp_path):
 def test_a_whole_data_set_is_left_alone(tmp_path, monkeypatch):
     spec = PrepareSpec("mine", str(write_folder(tmp_path / "f", mine())), str(tmp_path))
     manifest = build.prepare(spec)
-    monkeypatch.setattr(build, "_run", None)
+    monkeypatch.setattr(graph, "run", None)
     assert build.prepare(spec) == manifest
 
 
@@ -428,7 +432,7 @@ def test_command_line(tmp_path):
 def test_neither_jax_nor_what_it_takes_is_imported():
     code = (
         "import sys, pipelines.prepare, pipelines.build; light = 'apache_beam' not in sys.modules\n"
-        "import pipelines.transforms; print(light, sorted({'jax', 'flax', 'grain'} & set(sys.modules)))"
+        "import pipelines.beam.steps; print(light, sorted({'jax', 'flax', 'grain'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "True []\n"

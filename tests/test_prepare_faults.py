@@ -17,7 +17,8 @@ from prepared import TWO_PROCESSES, read_folder, subprocess_of
 
 from harmonic import records
 from harmonic.errors import UserError
-from pipelines import build, prepare, runners, transforms, workers
+from pipelines import build, prepare
+from pipelines.beam import runners, sharding, sink, steps, workers
 from pipelines.build import PrepareSpec
 
 
@@ -158,13 +159,11 @@ def test_outputs_that_cannot_be_written(refused, tmp_path):
 
 
 def test_a_full_disk_while_running(refused, tmp_path, monkeypatch):
-    from pipelines import array_record_io
-
     class Full(io.BytesIO):
         def write(self, data):
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(array_record_io, "create_file", lambda path: Full())
+    monkeypatch.setattr(sink, "create_file", lambda path: Full())
     source = write_zip(tmp_path / "a.zip", mine())
     line = refused("--dataset", "mine", "--source", source, "--output_dir", tmp_path)
     assert (
@@ -175,14 +174,14 @@ def test_a_full_disk_while_running(refused, tmp_path, monkeypatch):
 
 
 def test_a_runner_that_loses_recordings_is_noticed(refused, tmp_path, monkeypatch):
-    group = transforms.group_by_shard
+    group = sharding.group_by_shard
 
     def lossy(*given):
-        shards = group(*given)
-        shards[0][2].pop()
-        return shards
+        rows = group(*given)
+        rows[0][2].pop()
+        return rows
 
-    monkeypatch.setattr(transforms, "group_by_shard", lossy)
+    monkeypatch.setattr(sharding, "group_by_shard", lossy)
     source = write_zip(tmp_path / "a.zip", mine())
     line = refused("--dataset", "mine", "--source", source, "--output_dir", tmp_path)
     assert "the runner lost recordings of split" in line
@@ -193,7 +192,7 @@ def test_faults_of_the_program_keep_their_trace(tmp_path, monkeypatch):
     def fault(*_, **__):
         raise ZeroDivisionError("a fault")
 
-    monkeypatch.setattr(transforms, "measure", fault)
+    monkeypatch.setattr(steps, "measure", fault)
     with pytest.raises(Exception, match="a fault"):
         build.prepare(PrepareSpec("mine", str(write_zip(tmp_path / "a.zip", mine())), str(tmp_path)))
     assert read_folder(tmp_path / "mine") == {}
@@ -247,7 +246,7 @@ def test_a_killed_run_leaves_nothing_that_looks_whole(tmp_path, options):
     assert len(left) == 1 and left[0].startswith("_partial-")
     time.sleep(1 if options else 0)  # its workers notice, and leave
     spec = PrepareSpec("mine", str(source), str(tmp_path / "killed"), num_shards=4)
-    with pytest.raises(UserError, match="no data set stands in"):
+    with pytest.raises(UserError, match="there is no data set in"):
         records.load_manifest(folder)
     build.prepare(spec)
     other = PrepareSpec("mine", str(source), str(tmp_path / "whole"), num_shards=4)

@@ -7,10 +7,11 @@ from archives import mine, write_zip
 from prepared import TWO_PROCESSES, read_folder
 
 from harmonic.records import SPLITS
-from pipelines import build, console, transforms
-from pipelines.array_record_io import stage_folder
+from pipelines import build, console
+from pipelines.beam import graph, progress, sharding
+from pipelines.beam.sink import stage_folder
 from pipelines.build import PrepareSpec
-from pipelines.sources import SourceRecording
+from pipelines.sources.base import SourceRecording
 
 
 def test_progress_lines(monkeypatch):
@@ -46,8 +47,8 @@ def test_progress_lines_of_audio(monkeypatch):
 
 @pytest.mark.parametrize("options", [(), TWO_PROCESSES])
 def test_progress_is_reported_while_running(tmp_path, monkeypatch, options):
-    monkeypatch.setattr(build, "_POLL_SECONDS", 0.001)
-    monkeypatch.setattr(transforms, "_REPORT_SECONDS", 0)
+    monkeypatch.setattr(progress, "_POLL_SECONDS", 0.001)
+    monkeypatch.setattr(progress, "_REPORT_SECONDS", 0)
     seen = []
     spec = PrepareSpec("mine", str(write_zip(tmp_path / "a.zip", mine(40))), str(tmp_path))
     manifest = build.prepare(spec, options, progress=lambda *row: seen.append(row))
@@ -64,10 +65,10 @@ def test_progress_is_reported_while_running(tmp_path, monkeypatch, options):
 
 def test_a_listing_travels_by_files(tmp_path):
     rows = [(f"\u00e9/{i}.wav", "a\nb" if i % 2 else None, 10**12 + i) for i in range(25)]
-    shards = [(SPLITS[i % 3], i // 3, rows[5 * i : 5 * i + 5]) for i in range(5)]
-    paths = transforms.stage_listing(str(tmp_path), "0" * 32, shards, 8)
+    listed = [(SPLITS[i % 3], i // 3, rows[5 * i : 5 * i + 5]) for i in range(5)]
+    paths = sharding.stage_listing(str(tmp_path), "0" * 32, listed, 8)
     assert [path.rsplit("/", 1)[0] for path in paths] == 3 * [stage_folder(str(tmp_path), "0" * 32)]
-    assert [shard for path in paths for shard in transforms.read_listing(path)] == shards
+    assert [shard for path in paths for shard in sharding.read_listing(path)] == listed
 
 
 @pytest.mark.parametrize("options", [(), TWO_PROCESSES])
@@ -75,13 +76,13 @@ def test_a_long_listing_gives_the_same_bytes(tmp_path, monkeypatch, options):
     source = str(write_zip(tmp_path / "a.zip", mine(30)))
     short, long = (PrepareSpec("mine", source, str(tmp_path / name), num_shards=3) for name in ("short", "long"))
     build.prepare(short)
-    monkeypatch.setattr(build, "MAX_IN_GRAPH", 7)
-    monkeypatch.setattr(build, "_LISTING_ROWS", 4)
+    monkeypatch.setattr(graph, "MAX_IN_GRAPH", 7)
+    monkeypatch.setattr(graph, "_LISTING_ROWS", 4)
     build.prepare(long, options)
     assert read_folder(short.folder) == read_folder(long.folder)
 
 
 def test_shards_grow_with_the_data_set_and_not_their_number():
     recordings = [SourceRecording(f"{i}.wav", "train", None, 1 << 40) for i in range(2_000)]
-    assert transforms.shard_counts(recordings, build.SHARD_BYTES, most=100)["train"] == 100
-    assert transforms.shard_counts(recordings, build.SHARD_BYTES, 150, most=100)["train"] == 150  # as it is asked for
+    assert sharding.shard_counts(recordings, graph.SHARD_BYTES, most=100)["train"] == 100
+    assert sharding.shard_counts(recordings, graph.SHARD_BYTES, 150, most=100)["train"] == 150  # as it is asked for

@@ -198,6 +198,7 @@ def test_a_manifest_that_is_sealed_again_is_read():
         "{}",
         "[" * 100_000,
         change(["format"], 3),
+        change(["channels"], records.MAX_CHANNELS + 1),
         change(["window_length"], 0),
         change(["hop_length"], 0),
         change(["hop_length"], None),
@@ -234,7 +235,7 @@ def test_a_manifest_that_cannot_be_is_refused(text, tmp_path):
 
 
 def test_without_a_manifest_there_is_no_data_set(tmp_path):
-    with pytest.raises(UserError, match=r"no data set stands in .*; make one with python -m pipelines.prepare"):
+    with pytest.raises(UserError, match=r"there is no data set in .*; make one with python -m pipelines.prepare"):
         records.load_manifest(tmp_path / "mine")
 
 

@@ -11,8 +11,9 @@ import pytest
 from hub_server import Fault, Hub
 
 from harmonic.errors import UserError
-from pipelines import remote
-from pipelines.remote import CloudFile, HttpFile, Refused, Transient
+from pipelines.sources import cloud, remote
+from pipelines.sources.cloud import CloudFile
+from pipelines.sources.remote import HttpFile, Refused, Transient
 
 DATA = random.Random(0).randbytes(1_000_000)
 
@@ -133,7 +134,7 @@ def test_gives_up_in_the_end(serve, fault, message):
     ("fault", "message"),
     [
         (Fault(status=401), r"it asks for credentials \(401\)"),
-        (Fault(status=403), r"it gives no leave to read \(403\)"),
+        (Fault(status=403), r"it gives no permission to read \(403\)"),
         (Fault(status=404), r"there is no such file \(404\)"),
         (Fault(status=410), r"the server will not give it \(410\)"),
         (Fault(whole=True), "does not serve parts of files; download it and give its path"),
@@ -256,7 +257,7 @@ def bucket():
 
 
 def test_an_object_is_read_in_pieces(bucket, monkeypatch):
-    monkeypatch.setattr(remote, "_CLOUD_BYTES", 300_000)
+    monkeypatch.setattr(cloud, "_CLOUD_BYTES", 300_000)
     file = CloudFile("memory://bucket/x.zip")
     file.pin()
     with pickle.loads(pickle.dumps(file)).open() as reader:
@@ -296,10 +297,10 @@ def test_a_bucket_that_fails_for_a_while(bucket, monkeypatch):
     monkeypatch.setattr(kind, "cat_file", cat_file)
     assert file.open().read(1000) == DATA[:1000]
     answers += [PermissionError("no")]
-    with pytest.raises(UserError, match="there is no leave to read it; log in"):
+    with pytest.raises(UserError, match="there is no permission to read it; log in"):
         file.open().read(1000)
 
 
 def test_schemes_that_nobody_knows():
     with pytest.raises(UserError, match="nowhere://x/y is of no known file system; give gs://"):
-        remote.file_system("nowhere://x/y?secret")
+        cloud.file_system("nowhere://x/y?secret")

@@ -10,9 +10,11 @@ import soundfile
 from archives import wav, write_folder, write_zip
 
 from harmonic.errors import UserError
-from pipelines import sources, stores
-from pipelines.sources import data_set, open_source
-from pipelines.stores import Unreadable
+from pipelines.errors import Unreadable
+from pipelines.sources import layouts, open_source, spool
+from pipelines.sources.base import natural_key
+from pipelines.sources.layouts import data_set
+from pipelines.sources.splits import split_by_hash, split_by_rank
 
 
 def sc09_files(top="sc09/"):
@@ -34,9 +36,9 @@ def sizes_of(splits):
 
 
 def test_published_counts_of_sc09():
-    ids = [f"{digit}/{i}.wav" for digit in sources.DIGITS for i in range(3_891)][:38_908]
+    ids = [f"{digit}/{i}.wav" for digit in layouts.DIGITS for i in range(3_891)][:38_908]
     lists = {"validation": ids[:3_643], "test": ids[-4_107:]}
-    assert sizes_of(sources.split_by_lists(ids, lists, sources.DIGITS)) == (31_158, 3_643, 4_107)
+    assert sizes_of(layouts.split_by_lists(ids, lists, layouts.DIGITS)) == (31_158, 3_643, 4_107)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +49,7 @@ def test_published_counts_of_sc09():
     ],
 )
 def test_published_counts_by_rank(names, counts, last_train):
-    splits = sources.split_by_rank(reversed(names))
+    splits = split_by_rank(reversed(names))
     assert sizes_of(splits) == counts
     assert [name for name in names if splits[name] == "train"][-1] == last_train
     assert splits[names[-1]] == "test"
@@ -55,7 +57,7 @@ def test_published_counts_by_rank(names, counts, last_train):
 
 def test_natural_order():
     names = ["10.wav", "9.wav", "a2b10.wav", "a2b9.wav", "a10b1.wav", "09.wav", "a.wav", ".wav", f"{'9' * 5000}.wav"]
-    assert sorted(names, key=sources.natural_key) == [
+    assert sorted(names, key=natural_key) == [
         "09.wav",
         "9.wav",
         "10.wav",
@@ -70,10 +72,10 @@ def test_natural_order():
 
 def test_hash_splits_are_stable_and_near_their_shares():
     names = [f"speaker{i % 7}/{i}.flac" for i in range(5_000)]
-    splits = sources.split_by_hash(names)
+    splits = split_by_hash(names)
     train, validation, test = sizes_of(splits)
     assert 4_300 < train < 4_500 and 240 < validation < 360 and 240 < test < 360
-    assert {name: splits[name] for name in names[:100]} == sources.split_by_hash(names[:100])
+    assert {name: splits[name] for name in names[:100]} == split_by_hash(names[:100])
     # Fixed for good: a change would move recordings from train to test under people's hands.
     assert [name for name in names[:40] if splits[name] == "test"] == ["speaker0/21.flac", "speaker3/38.flac"]
     assert [name for name in names[:40] if splits[name] == "validation"] == []
@@ -83,21 +85,21 @@ def test_hash_splits_are_stable_and_near_their_shares():
 def test_hash_leaves_no_split_empty(count):
     for start in range(20):
         names = [f"{start}-{i}.wav" for i in range(count)]
-        splits = sources.split_by_hash(names)
+        splits = split_by_hash(names)
         assert min(sizes_of(splits)) >= 1
-        assert splits == sources.split_by_hash(reversed(names))
+        assert splits == split_by_hash(reversed(names))
 
 
 @pytest.mark.parametrize(
     ("lists", "message"),
     [
         ({"validation": ["zero/1.wav"], "test": []}, r"validation_list.txt names 1 recordings .* 'zero/1.wav'"),
-        ({"validation": ["zero/0.wav"], "test": ["zero/0.wav"]}, r"'zero/0.wav' stands in both"),
+        ({"validation": ["zero/0.wav"], "test": ["zero/0.wav"]}, r"'zero/0.wav' is in both"),
     ],
 )
 def test_lists_that_do_not_fit(lists, message):
     with pytest.raises(UserError, match=message):
-        sources.split_by_lists(["zero/0.wav"], lists, sources.DIGITS)
+        layouts.split_by_lists(["zero/0.wav"], lists, layouts.DIGITS)
 
 
 # Layouts.
@@ -283,8 +285,8 @@ def test_damaged_members_are_told_apart(tmp_path):
 
 
 def test_no_path_of_an_archive_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(stores, "SPOOL_BYTES", 10)  # so that members go to disk
-    monkeypatch.setattr(stores.tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr(spool, "SPOOL_BYTES", 10)  # so that members go to disk
+    monkeypatch.setattr(spool.tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     names = ["../../evil.wav", "/tmp/evil.wav", "a/../../evil2.wav", "C:\\evil.wav", "//evil.wav"]
     source = open_source(data_set("mine"), str(write_zip(tmp_path / "a.zip", dict.fromkeys(names, wav()))))
@@ -296,8 +298,8 @@ def test_no_path_of_an_archive_is_written(tmp_path, monkeypatch):
 
 
 def test_a_member_that_does_not_fit_on_the_temporary_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(stores, "SPOOL_BYTES", 10)
-    monkeypatch.setattr(stores.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
+    monkeypatch.setattr(spool, "SPOOL_BYTES", 10)
+    monkeypatch.setattr(spool.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
     source = open_source(data_set("mine"), str(write_zip(tmp_path / "a.zip", {f"{i}.wav": wav() for i in range(3)})))
     with pytest.raises(UserError, match="set TMPDIR to a larger disk"):
         source.open("0.wav")
@@ -313,4 +315,4 @@ def test_files_that_cannot_be_opened(tmp_path):
 
 def test_a_number_of_any_length_has_its_place():
     names = ["9" * 1_200_000, "1", "a"]
-    assert sorted(names, key=sources.natural_key) == ["1", names[0], "a"]
+    assert sorted(names, key=natural_key) == ["1", names[0], "a"]

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from pipelines import synth
+from pipelines.sources import synth
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,13 @@ import soundfile
 from harmonic import audio, records
 from harmonic.errors import UserError
 from harmonic.records import Shard, Skipped, Split
-from pipelines import transforms
-from pipelines.array_record_io import WrittenShard
-from pipelines.build import PrepareSpec, describe
-from pipelines.sources import SourceRecording, data_set, open_source
+from pipelines.beam import steps
+from pipelines.beam.sharding import group_by_shard, shard_counts
+from pipelines.beam.sink import WrittenShard
+from pipelines.build import PrepareSpec, new_manifest
+from pipelines.sources import open_source
+from pipelines.sources.base import SourceRecording
+from pipelines.sources.layouts import data_set
 
 
 def listing(sizes, split="train"):
@@ -19,23 +22,23 @@ def listing(sizes, split="train"):
 
 def test_number_of_shards():
     recordings = listing([100] * 40) + listing([10], "validation") + listing([1_000] * 3, "test")
-    counts = transforms.shard_counts(recordings, shard_bytes=1_000)
+    counts = shard_counts(recordings, shard_bytes=1_000)
     assert counts["train"] == 4 and counts["validation"] == 1 and 1 <= counts["test"] <= 3
-    assert counts == transforms.shard_counts(recordings[::-1], shard_bytes=1_000)
+    assert counts == shard_counts(recordings[::-1], shard_bytes=1_000)
     for wanted in (1, 2, 7, 40, 1_000):
-        counts = transforms.shard_counts(recordings, 1_000, wanted)
+        counts = shard_counts(recordings, 1_000, wanted)
         assert all(1 <= count <= wanted for count in counts.values())
         for split in counts:  # no shard is empty
-            used = {index for name, index, _ in transforms.group_by_shard(recordings, counts) if name == split}
+            used = {index for name, index, _ in group_by_shard(recordings, counts) if name == split}
             assert used == set(range(counts[split]))
 
 
 def test_recordings_are_grouped_by_shard():
     recording = SourceRecording("123456789", "test", "a", 7)  # its CRC-32 is known: CBF43926
-    assert transforms.group_by_shard([recording], {"test": 5}) == [("test", 0xCBF43926 % 5, [("123456789", "a", 7)])]
+    assert group_by_shard([recording], {"test": 5}) == [("test", 0xCBF43926 % 5, [("123456789", "a", 7)])]
     recordings = [*listing(range(100, 140)), *listing([5_000, 1], "validation"), *listing([], "test")]
     recordings.append(SourceRecording("z", "train", None, 9_000, group=recordings[0].id))
-    shards = transforms.group_by_shard(recordings, {"train": 4, "validation": 1, "test": 1})
+    shards = group_by_shard(recordings, {"train": 4, "validation": 1, "test": 1})
     rows = [(split, *row) for split, _, rows in shards for row in rows]
     assert sorted(rows) == sorted((r.split, r.id, r.label, r.size) for r in recordings)
     # The largest first, each in the order of the listing, groups together.
@@ -46,7 +49,7 @@ def test_recordings_are_grouped_by_shard():
     assert [row[0] for row in shards[0][2]][:: len(shards[0][2]) - 1] == [recordings[0].id, "z"]
 
 
-MANIFEST = describe(PrepareSpec("mine", "a.zip", encoding="mu_law", window_length=128_000), "f")
+MANIFEST = new_manifest(PrepareSpec("mine", "a.zip", encoding="mu_law", window_length=128_000), "f")
 
 
 def written(split, index, recordings, skipped=()):
@@ -62,16 +65,16 @@ def test_assembled_manifest_does_not_depend_on_the_order():
         written("train", 0, 3),
         written("validation", 0, 1),
     ]
-    manifest = transforms.assemble(MANIFEST, sorted(shards, key=lambda s: s.shard.file))
+    manifest = steps.assemble(MANIFEST, sorted(shards, key=lambda s: s.shard.file))
     assert list(manifest.splits) == list(records.SPLITS)
     assert manifest.splits["train"] == Split(5, 5, 14, (shards[2].shard, shards[1].shard))
     assert [s.recording for s in manifest.skipped] == ["a", "b"]
     listed = {"train": 7, "validation": 1, "test": 1}
-    transforms.check_counts(manifest, listed)
+    steps.check_counts(manifest, listed)
     for split in listed:
         for lost in (1, -1):
             with pytest.raises(UserError, match=f"the runner lost recordings of split {split}"):
-                transforms.check_counts(manifest, listed | {split: listed[split] + lost})
+                steps.check_counts(manifest, listed | {split: listed[split] + lost})
 
 
 def test_skipped_recordings_stop_a_complete_data_set():
@@ -80,15 +83,15 @@ def test_skipped_recordings_stop_a_complete_data_set():
         written("train", 0, 1, ["1.wav", "2.wav", "3.wav", "4.wav"]),
         written("validation", 0, 1),
     ]
-    manifest = transforms.assemble(MANIFEST, shards)
-    transforms.check_skipped(manifest, complete=False)
+    manifest = steps.assemble(MANIFEST, shards)
+    steps.check_skipped(manifest, complete=False)
     with pytest.raises(
         UserError, match=r"4 recordings of mine cannot be read: 1.wav is empty; .*3.wav is empty; ...; get"
     ):
-        transforms.check_skipped(manifest, complete=True)
-    nothing = transforms.assemble(MANIFEST, [*shards[1:], written("test", 0, 0, ["5.wav"])])
+        steps.check_skipped(manifest, complete=True)
+    nothing = steps.assemble(MANIFEST, [*shards[1:], written("test", 0, 0, ["5.wav"])])
     with pytest.raises(UserError, match=r"none of the recordings of split test can be read: 5.wav is empty"):
-        transforms.check_skipped(nothing, complete=False)
+        steps.check_skipped(nothing, complete=False)
 
 
 def test_a_shard_is_in_the_listing_s_order_and_whole(tmp_path):
@@ -99,7 +102,7 @@ def test_a_shard_is_in_the_listing_s_order_and_whole(tmp_path):
     (tmp_path / "3.wav").write_bytes((tmp_path / "9.wav").read_bytes()[:100])
     source = open_source(data_set("mine"), str(tmp_path))
     shard = ("train", 0, [(recording.id, recording.label, recording.size) for recording in source.list()])
-    step = transforms.WriteShard(source, {"train": 1}, MANIFEST, str(tmp_path / "out"), "0" * 32, None)
+    step = steps.WriteShard(source, {"train": 1}, MANIFEST, str(tmp_path / "out"), "0" * 32, None)
     step.start_bundle()
     (first,), (second,) = (list(step.process(shard)) for _ in range(2))
     step.finish_bundle()

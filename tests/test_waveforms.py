@@ -13,8 +13,10 @@ import soxr
 from hypothesis import strategies as st
 
 from harmonic import audio
-from pipelines import waveforms
-from pipelines.stores import Unreadable
+from pipelines.audio import decode, quantise
+from pipelines.audio.resample import mono
+from pipelines.audio.waveform import measure
+from pipelines.errors import Unreadable
 
 
 def noise(*shape, seed=0):
@@ -27,8 +29,13 @@ def encoded(samples, rate=16_000, format="WAV", subtype=None):
     return file.getvalue()
 
 
+def decoded(file):
+    rate, blocks = decode.decode(file)
+    return rate, mono(blocks, rate)
+
+
 def decode_all(data):
-    rate, blocks = waveforms.decode(io.BytesIO(data))
+    rate, blocks = decoded(io.BytesIO(data))
     return rate, np.concatenate(list(blocks))
 
 
@@ -43,7 +50,7 @@ def test_streaming_equals_the_whole(monkeypatch, format, subtype, rate, channels
     whole = soxr.resample(whole.mean(axis=1, dtype=np.float32), rate, 16_000, quality="HQ")
     results = []
     for block in (1 << 17, 6_000, 1_234):
-        monkeypatch.setattr(waveforms, "_BLOCK_VALUES", block)
+        monkeypatch.setattr(decode, "_BLOCK_VALUES", block)
         source_rate, streamed = decode_all(data)
         assert source_rate == rate and streamed.dtype == np.float32 and streamed.ndim == 1
         results.append(streamed)
@@ -112,7 +119,7 @@ def with_data_size(data, size):
 )
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_recordings_that_cannot_be_read(data, reason):
-    with pytest.raises(Unreadable, match=reason) as error, waveforms.measure(io.BytesIO(data)):
+    with pytest.raises(Unreadable, match=reason) as error, measure(io.BytesIO(data)):
         pass
     assert "\n" not in str(error.value) and "0x" not in str(error.value)  # no addresses: reasons stand in the manifest
 
@@ -140,7 +147,7 @@ def test_an_interrupt_in_the_middle_of_a_read_is_not_lost(at):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            list(waveforms.decode(file)[1])
+            list(decoded(file)[1])
     finally:
         signal.signal(signal.SIGINT, before)
     assert file.reads >= at
@@ -175,8 +182,8 @@ def test_wav_files_of_any_layout_are_read_as_libsndfile_reads_them(chunks, form,
     hypothesis.assume(len(expected) and np.isfinite(expected).all())
     for block in (1 << 17, 7):
         with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr(waveforms, "_BLOCK_VALUES", block)
-            found_rate, blocks = waveforms.decode(io.BytesIO(file))
+            monkeypatch.setattr(decode, "_BLOCK_VALUES", block)
+            found_rate, blocks = decoded(io.BytesIO(file))
             mono = np.concatenate(list(blocks))
         assert found_rate == expected_rate
         if rate == 16_000:
@@ -189,9 +196,9 @@ def test_the_usual_wav_file_needs_no_libsndfile(tmp_path, monkeypatch, channels,
     samples = (32_767 * noise(length, channels)).astype(np.int16)
     soundfile.write(tmp_path / "a.wav", samples, 16_000)
     expected, _ = soundfile.read(tmp_path / "a.wav", dtype="float32", always_2d=True)
-    monkeypatch.setattr(waveforms, "_libsndfile", None)
+    monkeypatch.setattr(decode, "_libsndfile", None)
     with open(tmp_path / "a.wav", "rb") as file:
-        rate, blocks = waveforms.decode(file)
+        rate, blocks = decoded(file)
         np.testing.assert_array_equal(np.concatenate(list(blocks)), expected.mean(axis=1, dtype=np.float32))
     assert rate == 16_000
 
@@ -201,7 +208,7 @@ def test_files_of_a_disk_are_read_as_those_in_memory(tmp_path, format):
     data = encoded(noise(300_000), 22_050, format)
     (tmp_path / "a").write_bytes(data)
     with open(tmp_path / "a", "rb") as file:
-        rate, blocks = waveforms.decode(file)
+        rate, blocks = decoded(file)
         np.testing.assert_array_equal(np.concatenate(list(blocks)), decode_all(data)[1])
     assert rate == 22_050
 
@@ -216,8 +223,9 @@ def test_a_header_of_endless_chunks_is_given_up():
 def test_pieces_equal_the_whole_quantised(monkeypatch, encoding, num_levels):
     samples = noise(10_000) + 0.3
     for block in (1 << 17, 999):
-        monkeypatch.setattr(waveforms, "_BLOCK_VALUES", block)
-        with waveforms.measure(io.BytesIO(encoded(samples, subtype="FLOAT"))) as waveform:
+        monkeypatch.setattr(decode, "_BLOCK_VALUES", block)
+        monkeypatch.setattr(quantise, "_BLOCK_SAMPLES", block)
+        with measure(io.BytesIO(encoded(samples, subtype="FLOAT"))) as waveform:
             assert (waveform.length, waveform.source_rate) == (10_000, 16_000)
             assert (waveform.low, waveform.high) == (samples.min(), samples.max())
             pieces = list(waveform.pieces(encoding, num_levels, 3_000))
@@ -232,7 +240,7 @@ def test_trimmed_samples_are_quantised_by_what_is_left():
     samples = np.concatenate([np.zeros(20_000), noise(30_000), np.zeros(9_000)]).astype(np.float32)
     samples[10] = -0.6  # below the level of its frame
     kept, (start, stop) = librosa.effects.trim(samples, top_db=6)
-    with waveforms.measure(io.BytesIO(encoded(samples, subtype="FLOAT")), trim_silence=6) as waveform:
+    with measure(io.BytesIO(encoded(samples, subtype="FLOAT")), trim_silence=6) as waveform:
         assert waveform.cut == (start, len(samples) - stop) and waveform.length == len(kept) < 32_000
         assert (waveform.low, waveform.high) == (kept.min(), kept.max()) and waveform.low > -0.6
         assert waveform.level == pytest.approx(20 * np.log10(np.sqrt(np.mean(kept.astype("f8") ** 2))), abs=0.006)
@@ -243,13 +251,14 @@ def test_trimmed_samples_are_quantised_by_what_is_left():
 @pytest.mark.parametrize("block", [1 << 17, 1_234])
 def test_loudness_has_its_effect_on_the_tokens(monkeypatch, block):
     """By their own extremes, a recording and a quieter copy of it have the same tokens: one scale tells them apart."""
-    monkeypatch.setattr(waveforms, "_BLOCK_VALUES", block)
+    monkeypatch.setattr(decode, "_BLOCK_VALUES", block)
+    monkeypatch.setattr(quantise, "_BLOCK_SAMPLES", block)
     samples = noise(40_000)
     levels_of = {}
     for scale in (1.0, 0.01):
         for loudness in (None, -20, -30):
             data = encoded((samples * np.float32(scale)).astype(np.float32), subtype="FLOAT")
-            with waveforms.measure(io.BytesIO(data), loudness=loudness) as waveform:
+            with measure(io.BytesIO(data), loudness=loudness) as waveform:
                 tokens = np.concatenate([piece for _, piece in waveform.pieces("linear", 65_536, 7_000)])[:, 0]
                 decoded = audio.decode(tokens, "linear", num_levels=65_536)
                 levels_of[scale, loudness] = np.sqrt(np.mean(decoded.astype(np.float64) ** 2))
@@ -265,7 +274,7 @@ def test_loudness_has_its_effect_on_the_tokens(monkeypatch, block):
 def test_nothing_is_clipped_for_loudness():
     samples = np.zeros(16_000, np.float32)
     samples[::4_000] = [0.1, -0.5, 0.2, 0.1]
-    with waveforms.measure(io.BytesIO(encoded(samples, subtype="FLOAT")), loudness=0) as waveform:
+    with measure(io.BytesIO(encoded(samples, subtype="FLOAT")), loudness=0) as waveform:
         assert waveform.gain == 2.0
         tokens = np.concatenate([piece for _, piece in waveform.pieces("mu_law", 256, 7_000)])[:, 0]
     assert (tokens[4_000], tokens[1]) == (0, 127) and tokens.max() < 255

@@ -37,7 +37,7 @@ _SIZE = flags.DEFINE_enum("size", "small", SIZES, "the paper's model and recipe,
 _SOURCE = flags.DEFINE_multi_string(
     "source", [], "of recordings, as --source=sc09.zip, or for several data sets --source=DATASET=... (repeatable)"
 )
-_SEEDS = flags.DEFINE_list("seeds", ["0"], "seeds of initial weights, order and dropout; each makes every run anew")
+_SEEDS = flags.DEFINE_list("seeds", ["0"], "seeds of initial weights, order and dropout; every run is made with each")
 _RUNS = flags.DEFINE_list(
     "runs", [], "only these runs of the study; the page still shows the others' figures if they exist"
 )
@@ -46,10 +46,12 @@ _NUM_SAMPLES = flags.DEFINE_integer(
     "num_samples", 10_240, "clips to compute FID and inception score from", lower_bound=1
 )
 _ALLOW = flags.DEFINE_bool(
-    "allow_rank_deficient", False, "take fewer clips than a covariance of 1,024 features needs; FID comes out too large"
+    "allow_rank_deficient",
+    False,
+    "accept fewer clips than a covariance of 1,024 features needs; FID comes out too large",
 )
 _MATCH = flags.DEFINE_bool(
-    "match_lengths", False, "silence generated clips from lengths on that are drawn from the training recordings"
+    "match_lengths", False, "silence each generated clip after a length drawn from the training recordings"
 )
 flags.adopt_module_key_flags(cli)
 

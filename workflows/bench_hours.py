@@ -91,7 +91,7 @@ def _watch(running: subprocess.Popen[bytes], minute: float) -> list[tuple[str, l
                 with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as file:
                     found = re.search(r"VmRSS:\s*(\d+) kB", file.read())
                 with open(f"/proc/{pid}/cmdline", "rb") as file:
-                    workers |= {pid} if b"pipelines.workers" in file.read() else set()  # the server is the first
+                    workers |= {pid} if b"pipelines.beam.workers" in file.read() else set()  # the server is the first
             except OSError:  # it has just ended
                 continue
             if found and (pid in workers or pid == running.pid):

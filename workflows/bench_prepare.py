@@ -121,7 +121,7 @@ def _seconds(command: list[str]) -> float:
 
 
 class RawSplit:
-    """What a split's windows ask of it, read out of one raw file in which the recordings' tokens stand in a row."""
+    """As much of a `Split` as `Windows` needs, read from one raw file of all recordings' tokens, one after another."""
 
     def __init__(self, split: Split, path: Path):
         self.manifest: Manifest = split.manifest

@@ -33,7 +33,7 @@ def suite(config: Config, batch: int, lengths: Sequence[int], *, baseline_sample
       config: its model and recipe.
       batch: sequences.
       lengths: samples of each.
-      baseline_samples: up to that many samples a step, the same step of the plain model stands before ours, in one
+      baseline_samples: up to that many samples a step, the same step of the plain model is measured first, in one
         segment, with each of its variants.
 
     Yields:

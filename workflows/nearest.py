@@ -1,9 +1,9 @@
-"""Memorised or composed? Finds the training excerpts that lie nearest to a run's generated clips.
+"""Memorised or composed? Finds the training excerpts that are nearest to a run's generated clips.
 
 python -m workflows.nearest --workdir=runs/sc09_small
 python -m workflows.nearest --workdir=runs/piano --seconds=2 --num_clips=4
 
-Writes RUN/nearest.json and the excerpts as sounds, and makes the report again, which shows both.
+Writes RUN/nearest.json and the excerpts as sounds, and builds the report again, which shows both.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from harmonic.report import build_report
 from workflows import cli
 
 _SECONDS = flags.DEFINE_float(
-    "seconds", None, "length of the excerpts; a second by default, or less where clips or recordings are shorter"
+    "seconds", None, "length of the excerpts; a second by default, or less if clips or recordings are shorter"
 )
-_NUM = flags.DEFINE_integer("num_clips", 16, "look at that many generated clips at most", lower_bound=1)
+_NUM = flags.DEFINE_integer("num_clips", 16, "how many generated clips to compare, at most", lower_bound=1)
 flags.adopt_module_key_flags(cli)
 
 

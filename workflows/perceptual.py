@@ -1,10 +1,10 @@
-"""How generated digits sound to a classifier: FID, inception scores and AM score of a run, beside real clips and noise.
+"""FID, inception scores and AM score of a run's generated digits, by a classifier, beside real clips and noise.
 
 python -m workflows.perceptual --workdir=runs/sc09 --classifier=runs/sc09_classifier
 python -m workflows.perceptual --workdir=runs/sc09 --classifier=resnext.pth              # the published weights
 python -m workflows.perceptual --dataset=sc09 --classifier=runs/sc09_classifier          # real clips and noise alone
 
-The same command goes on where it was interrupted.
+After an interruption the same command continues.
 """
 
 from __future__ import annotations
@@ -25,16 +25,18 @@ _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best (on validation), l
 _RAW = flags.DEFINE_bool("raw_weights", False, "sample the raw weights instead of their average")
 _TEMPERATURE = flags.DEFINE_float("temperature", None, "of sampling; the config's generate.temperature by default")
 _TOP_P = flags.DEFINE_float("top_p", None, "of sampling; the config's generate.top_p by default")
-_SEED = flags.DEFINE_integer("seed", 0, "of the clips and of all that is drawn", lower_bound=0)
+_SEED = flags.DEFINE_integer("seed", 0, "of the clips and of the figures' random choices", lower_bound=0)
 _MATCH = flags.DEFINE_bool(
-    "match_lengths", False, "silence generated clips from lengths on that are drawn from the training recordings"
+    "match_lengths", False, "silence each generated clip after a length drawn from the training recordings"
 )
 _ALLOW = flags.DEFINE_bool(
-    "allow_rank_deficient", False, "take fewer clips than a covariance of 1,024 features needs; FID comes out too large"
+    "allow_rank_deficient",
+    False,
+    "accept fewer clips than a covariance of 1,024 features needs; FID comes out too large",
 )
 _DATASET = flags.DEFINE_string("dataset", None, "without --workdir: the data set's name in --data_dir; sc09 by default")
 _CACHE = flags.DEFINE_string(
-    "cache_dir", None, "where features are kept, to be shared; <workdir>/perceptual by default"
+    "cache_dir", None, "folder for features, which runs may share; <workdir>/perceptual by default"
 )
 flags.adopt_module_key_flags(cli)
 
@@ -45,8 +47,8 @@ def main() -> None:
         raise UserError("a run is measured with its own config: give --workdir alone")
     if not _CLASSIFIER.value:
         raise UserError(
-            "which classifier listens? Give --classifier: a folder of python -m workflows.train_classifier, or the "
-            "published resnext.pth"
+            "--classifier is missing: give a folder of python -m workflows.train_classifier, or the published "
+            "resnext.pth"
         )
     if cli.FLAGS.workdir is None:
         cache = _CACHE.value or "runs/perceptual"

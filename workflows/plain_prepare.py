@@ -19,9 +19,9 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from harmonic.audio import SAMPLE_RATE, encode
 from harmonic.records import Record, encode_record
 
-_SHARD_BYTES = 32 << 20  # of source, as in pipelines.build
+_SHARD_BYTES = 32 << 20  # of source, as in pipelines.beam.graph
 _RECORD_LENGTH = 131_072
-_OPTIONS = "group_size:1,uncompressed"  # as in pipelines.array_record_io
+_OPTIONS = "group_size:1,uncompressed"  # as in pipelines.beam.sink
 
 
 def write_shard(task: tuple[list[str], str]) -> int:

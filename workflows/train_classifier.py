@@ -1,9 +1,9 @@
-"""Trains the classifier that perceptual figures are read from, on a prepared data set with labels.
+"""Trains the classifier behind the perceptual figures, on a prepared data set with labels.
 
 python -m workflows.train_classifier --data_dir=data --workdir=runs/sc09_classifier
 python -m workflows.train_classifier --dataset=mine --workdir=runs/my_classifier --size=paper
 
-The same command goes on where it was interrupted.
+After an interruption the same command continues.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 SIZES = ("paper", "small")
+_SPEEDS = ("epochs_per_hour", "generated_per_second")
 
 
 def published(dataset: str, variant: str = "", *, speeds: bool = False) -> Published:
@@ -40,15 +41,9 @@ def published(dataset: str, variant: str = "", *, speeds: bool = False) -> Publi
       dataset, variant: of a row in harmonic.published.
       speeds: also its speeds.
     """
-    value = find(dataset, PAPER, variant).value
-    return Published(
-        bits_per_sample=value("bits_per_sample"),
-        fid=value("fid"),
-        inception_score=value("is"),
-        parameters=value("parameters"),
-        epochs_per_hour=value("epochs_per_hour") if speeds else None,
-        generated_per_second=value("generated_per_second") if speeds else None,
-    )
+    row = find(dataset, PAPER, variant)
+    names = [field.name for field in dataclasses.fields(Published) if speeds or field.name not in _SPEEDS]
+    return Published(**{name: row.value(name) for name in names})
 
 
 def base(size: str) -> Config:

@@ -18,18 +18,30 @@ import typing
 from pathlib import Path
 
 from harmonic.errors import UserError
-from harmonic.models.config import About, ModelConfig
+from harmonic.models.config import About, ModelConfig, Reduced
 
 if typing.TYPE_CHECKING:
     from harmonic.models.base import Model
 
 DEFAULT_KIND = "harmonic_rnn"  # of a config without a kind: those written before there were several
 
-__all__ = ["DEFAULT_KIND", "About", "ModelConfig", "about", "config_class", "kinds", "make", "plain", "plain_variants"]
+__all__ = [
+    "DEFAULT_KIND",
+    "About",
+    "ModelConfig",
+    "Reduced",
+    "about",
+    "config_class",
+    "kinds",
+    "make",
+    "plain",
+    "plain_variants",
+    "reduced",
+]
 
 
 def kinds() -> tuple[str, ...]:
-    """The kinds that there are: the folders of this package that have a config.py."""
+    """All kinds: the folders of this package that have a config.py."""
     return tuple(sorted(path.parent.name for root in __path__ for path in Path(root).glob("*/config.py")))
 
 
@@ -75,6 +87,11 @@ def plain_variants(config: ModelConfig) -> tuple[str, ...]:
     if importlib.util.find_spec(f"harmonic.models.{config.kind}.plain") is None:
         return ()
     return importlib.import_module(f"harmonic.models.{config.kind}.plain").VARIANTS
+
+
+def reduced() -> Reduced:
+    """The model for two CPU cores that a new config begins with."""
+    return importlib.import_module(f"harmonic.models.{DEFAULT_KIND}.config").REDUCED
 
 
 def about(kind: str) -> About:

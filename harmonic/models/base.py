@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from harmonic.models import categorical, segments
+from harmonic.models import categorical
 from harmonic.models.config import ModelConfig
 from harmonic.models.costs import Costs
 from harmonic.models.dropout import Dropout
@@ -137,11 +137,39 @@ class Model(Protocol):
         rng: Dropout | None = None,
         axis: str | None = None,
     ) -> jax.Array:
-        """Negative log-likelihood in nats of whole sequences, as `segments.nats`, which is the default.
+        """Negative log-likelihood in nats, summed over this shard's unmasked samples: `apply`, scanned over segments.
 
-        A model that must see all segments at one place, as attention over latents does, writes its own.
+        Only the state between segments is kept for the backward pass, which makes the segments' activations again: the
+        gradient is exact through any length, in the memory of one segment. A model that must see all segments at one
+        place, as attention over latents does, writes its own.
+
+        Args:
+          weights: as `prepare` gives them.
+          inputs: "tokens" [segments, batch, segment_length, channels]; what else conditions the model, [batch, ...].
+          lengths: [batch], of the whole sequences, in samples.
+          rng: of dropout, its `chunk` 0.
+          axis: the mesh axis that `segment_length` is cut over, inside `jax.shard_map`.
         """
-        return segments.nats(self, weights, inputs, lengths, rng=rng, axis=axis)
+        conditions = {name: value for name, value in inputs.items() if name != "tokens"}
+        tokens = inputs["tokens"]
+        segments, batch, local, _ = tokens.shape
+        shards, shard = (jax.lax.axis_size(axis), jax.lax.axis_index(axis)) if axis else (1, 0)
+        per_segment = local * shards
+
+        def body(state: State, scanned: tuple[jax.Array, jax.Array]) -> tuple[State, jax.Array]:
+            piece, number = scanned
+            chunk = number * (per_segment // self.multiple)
+            segment_rng = None if rng is None else rng._replace(chunk=rng.chunk + chunk)
+            outputs, state = self.apply(weights, {"tokens": piece, **conditions}, state, rng=segment_rng, axis=axis)
+            position = number * per_segment + shard * local + jnp.arange(local)
+            mask = position[None] < lengths[:, None]
+            return state, -jnp.where(mask, self.log_prob(outputs, piece), 0).sum()
+
+        state = self.init_state(batch, jax.tree.leaves(weights)[0].dtype)
+        if segments == 1:
+            return body(state, (tokens[0], jnp.int32(0)))[1]
+        _, nats = jax.lax.scan(jax.checkpoint(body), state, (tokens, jnp.arange(segments)))
+        return nats.sum()
 
     def sampler(self) -> Sampler:
         """How samples are drawn one after another."""

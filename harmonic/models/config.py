@@ -55,3 +55,21 @@ class ModelConfig:
             for name, value in fields.items()
             if name not in left_out
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class Reduced:
+    """A model for two CPU cores.
+
+    Attributes:
+      config: its sizes.
+      trained_per_minute: samples that such a machine trains it on in a minute.
+    """
+
+    config: ModelConfig
+    trained_per_minute: int
+
+    def source(self) -> str:
+        """The config's fields as Python writes them in a call, without those at their defaults."""
+        fields = ((field, getattr(self.config, field.name)) for field in dataclasses.fields(self.config))
+        return ", ".join(f"{field.name}={value!r}" for field, value in fields if value != field.default)

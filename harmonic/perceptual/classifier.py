@@ -1,4 +1,4 @@
-"""The classifier of spoken words that perceptual figures are read from: its files, and what it makes of clips.
+"""The classifier of spoken words behind the perceptual figures: its files, and its outputs for clips.
 
 classifier = Classifier.load("runs/sc09_classifier")      # or the published resnext.pth
 features, logits = classifier.features_and_logits(clips)  # [n, 1024], [n, classes]
@@ -37,7 +37,7 @@ class Classifier:
 
     Attributes:
       sizes: of its network.
-      classes: what its logits stand for, in order.
+      classes: the class of each logit.
       params, stats: its weights, and the statistics of its batch norms, by name.
     """
 
@@ -53,13 +53,13 @@ class Classifier:
         Nothing in the file is executed.
 
         Raises:
-          UserError: there is none, it is damaged, of another architecture, or has code in it.
+          UserError: the file is missing, damaged, of another architecture, or contains code.
         """
         path = Path(path)
         path = path / FILE if path.is_dir() else path
         if not path.is_file():
             raise UserError(
-                f"{path} is missing: no classifier stands there; train one with python -m workflows.train_classifier "
+                f"{path} is missing: no classifier is there; train one with python -m workflows.train_classifier "
                 f"--workdir={path.parent if path.name == FILE else path}"
             )
         if zipfile.is_zipfile(path):
@@ -99,7 +99,7 @@ class Classifier:
         write_whole(path, out.getvalue())
 
     def features_and_logits(self, clips: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What the network makes of clips: float32 [n, time] at 16 kHz in [-1, 1], cut or padded to one second.
+        """The network's outputs for clips: float32 [n, time] at 16 kHz in [-1, 1], cut or padded to one second.
 
         Returns:
           (float32 [n, 1024] the input of the last layer, float32 [n, classes] logits).
@@ -107,14 +107,14 @@ class Classifier:
         return self.of_images(log_mel(clips))
 
     def of_images(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The same of images [n, 32, 32], as `log_mel` makes them."""
+        """The same for images [n, 32, 32], as `log_mel` makes them."""
         run = _evaluate_function(self.sizes, len(self.classes))
         features = np.zeros((len(images), self.sizes.widths[-1]), np.float32)
         logits = np.zeros((len(images), len(self.classes)), np.float32)
         for first in range(0, len(images), _AT_ONCE):
             batch = images[first : first + _AT_ONCE]
             part = slice(first, first + len(batch))
-            padded = np.pad(batch, ((0, _AT_ONCE - len(batch)), (0, 0), (0, 0)))  # one compiled program for all
+            padded = np.pad(batch, ((0, _AT_ONCE - len(batch)), (0, 0), (0, 0)))  # one shape, so one compiled program
             found = run(self._on_device[0], self._on_device[1], padded)
             features[part], logits[part] = (np.asarray(x)[: len(batch)] for x in found)
         return features, logits
@@ -125,7 +125,7 @@ class Classifier:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over classes and weights: what figures belong to."""
+        """SHA-256 over classes and weights, which identifies the classifier that figures were measured with."""
         digest = hashlib.sha256(json.dumps([self.classes, dataclasses.asdict(self.sizes)]).encode())
         for values in (self.params, self.stats):
             for name in sorted(values):
@@ -189,7 +189,7 @@ def _sizes_of(tensors: dict[str, np.ndarray], name: str) -> Sizes:
 
 
 def _torch_name(ours: str) -> str:
-    """Such as `stages.0.1.bn.scale` to `stage_1.stage_1_bottleneck_1.bn.weight`."""
+    """The published name of a parameter: `stage_1.stage_1_bottleneck_1.bn.weight` for `stages.0.1.bn.scale`."""
     parts = ours.split(".")
     if parts[0] == "stages":
         stage, layer = int(parts[1]) + 1, parts[3]

@@ -16,19 +16,19 @@ from harmonic.voice import Codec
 def read_clips(split: Split, first: int, last: int) -> np.ndarray:
     """Recordings first .. last of a split as clips, float32 [last - first, 16000] in [-1, 1].
 
-    They are decoded from tokens, as generated clips are: what 8 bits cost, both have paid.
+    They are decoded from tokens, as generated clips are, so that both have the same quantisation noise.
     """
     codec = Codec.of(split.manifest)
     return np.stack([one_second(codec.decode(split.read(i, 0, audio.SAMPLE_RATE))) for i in range(first, last)])
 
 
 def check_clips(dataset: Dataset) -> None:
-    """Refuses data that the classifier's images cannot be made of."""
+    """Refuses data that the classifier cannot take: it must be one channel at 16 kHz."""
     manifest = dataset.manifest
     if manifest.sample_rate != audio.SAMPLE_RATE or manifest.channels != 1:
         raise UserError(
             f"{dataset.folder} is at {manifest.sample_rate:,} Hz with {manifest.channels} channels; the classifier "
-            f"hears one channel at {audio.SAMPLE_RATE:,} Hz: prepare the data set so"
+            f"hears one channel at {audio.SAMPLE_RATE:,} Hz: prepare the data set that way"
         )
 
 
@@ -41,17 +41,17 @@ def labels_of(split: Split) -> tuple[str, ...]:
     for recording in split.recordings:
         if recording.label is None:
             raise UserError(
-                f"{split.folder} has no labels (such as for {recording.id}): nothing says what its clips are to be "
-                "told apart by; use a data set whose recordings are labelled, such as sc09"
+                f"{split.folder} has no labels (such as for {recording.id}), which a classifier learns to tell apart; "
+                "use a data set whose recordings are labelled, such as sc09"
             )
     return tuple(str(recording.label) for recording in split.recordings)
 
 
 def label_numbers(split: Split, classes: tuple[str, ...], name: str | Path) -> np.ndarray:
-    """int32 [recordings]: which of the classes each recording is.
+    """int32 [recordings]: the number of each recording's class.
 
     Raises:
-      UserError: a label that is none of the classes.
+      UserError: a recording's label is none of the classes.
     """
     numbers = {label: number for number, label in enumerate(classes)}
     labels = labels_of(split)

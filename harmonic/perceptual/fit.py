@@ -1,6 +1,6 @@
-"""Trains the classifier on a prepared data set with labels; killed at any moment, the same call goes on.
+"""Trains the classifier on a prepared data set with labels; after an interruption, the same call continues.
 
-Images are made once and held in memory (4 KB a clip). What a step does follows from the seed and its number alone.
+Images are made once and kept in memory (4 KB a clip). A step depends only on the seed and on its number.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RESULT = "accuracy.json"
 _SETTINGS = "settings.json"
 _EPOCHS = 16
 _AT_ONCE = 256
-_SILENCE = -80.0  # dB, what is shifted in
+_SILENCE = -80.0  # dB; fills the edge of a shifted image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Settings:
       batch_size: clips an update.
       learning_rate: of AdamW at its peak, after a twentieth of the steps; it then falls to zero as a cosine.
       weight_decay: of AdamW, on kernels.
-      ema_decay: of the average of the weights, which is what is kept.
+      ema_decay: of the average of the weights, which becomes the classifier.
       checkpoint_every: steps from one checkpoint to the next.
       seed: of initial weights, order and augmentation.
     """
@@ -75,11 +75,11 @@ def fit(data: str | Path, workdir: str | Path, settings: Settings, *, show_progr
 
     Args:
       data: a prepared data set, 16 kHz, one channel, with labels.
-      workdir: the classifier's folder; training goes on from the checkpoint that is in it.
-      settings: must be the same when training goes on.
+      workdir: the classifier's folder; training continues from its checkpoint.
+      settings: must be the same when training continues.
 
     Returns:
-      What accuracy.json holds: {"validation", "test", "train": {"accuracy", "clips"}, "classes", "step", ...}.
+      The content of accuracy.json: {"validation", "test", "train": {"accuracy", "clips"}, "classes", "step", ...}.
 
     Raises:
       UserError: no labels, other settings than those of the checkpoint, a loss that is not finite.
@@ -170,16 +170,19 @@ def _classes(train: Split) -> tuple[str, ...]:
 
 
 def _claim(workdir: Path, described: dict[str, Any]) -> dict[str, Any] | None:
-    """Notes the settings in the folder, or checks that they are those that it was begun with; what it has come to, if
-    it is done."""
+    """Writes the settings to a new folder, or checks that they are the folder's own.
+
+    Returns:
+      The content of accuracy.json if training is complete, else None.
+    """
     path = workdir / _SETTINGS
     if path.exists():
         before = json.loads(path.read_text())
         for name, ours in described.items():
             if before.get(name) != ours:
                 raise UserError(
-                    f"{workdir} was begun with {name}={before.get(name)!r:.80}, not {ours!r:.80}; go on with that, or "
-                    "give another --workdir"
+                    f"{workdir} was begun with {name}={before.get(name)!r:.80}, not {ours!r:.80}; continue with that, "
+                    "or give another --workdir"
                 )
         if (workdir / RESULT).exists() and (workdir / FILE).exists():
             return json.loads((workdir / RESULT).read_text())
@@ -203,7 +206,7 @@ def _images(split: Split, show_progress: bool) -> np.ndarray:
 
 
 def _rows(count: int, settings: Settings, step: int) -> np.ndarray:
-    """The clips of an update: epochs are laid end to end, each in an order of its own."""
+    """The clips of an update: epochs follow one another, each in its own order."""
     places = np.arange(step * settings.batch_size, (step + 1) * settings.batch_size)
     orders = {
         e: np.random.default_rng((settings.seed, e)).permutation(count) for e in {int(p) // count for p in places}
@@ -212,7 +215,7 @@ def _rows(count: int, settings: Settings, step: int) -> np.ndarray:
 
 
 def _start(workdir: Path, settings: Settings, classes: int) -> tuple[dict[str, Any], int, Checkpoints]:
-    """(state, step, checkpoints): of the latest checkpoint, or new."""
+    """(state, step, checkpoints): from the latest checkpoint, or a new start."""
 
     def new(key: jax.Array) -> dict[str, Any]:
         params, stats = functions(SIZES[settings.size], classes).init(key)
@@ -256,7 +259,7 @@ def _update_function(sizes: Sizes, classes: int, settings: Settings) -> Callable
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to its int32 count of updates
             changes, memory = optimizer.update(gradients, state["optimizer"], params)
         weights = {"params": optax.apply_updates(params, changes), "stats": stats}
-        decay = jnp.minimum(settings.ema_decay, (1 + step) / (10 + step))  # the first weights are soon forgotten
+        decay = jnp.minimum(settings.ema_decay, (1 + step) / (10 + step))  # the initial weights soon lose their share
         ema = optax.incremental_update(weights, state["ema"], 1 - decay)
         return {"params": weights, "ema": ema, "optimizer": memory}, loss, right
 

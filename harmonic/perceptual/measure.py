@@ -1,7 +1,7 @@
-"""Perceptual figures of a run, and of what it is to be compared with: real clips and white noise.
+"""Perceptual figures of a run, and for comparison those of real clips and of white noise.
 
-Features are stored piece by piece in a folder as they are found, under names that say what they belong to (the
-classifier, the data, the weights): killed at any moment, the same call goes on.
+Features are stored in a folder piece by piece, under names that identify the classifier, the data and the weights.
+After an interruption, the same call continues.
 """
 
 from __future__ import annotations
@@ -40,14 +40,17 @@ from harmonic.voice import Codec, Voice
 
 RESULT = "perceptual.json"
 NOISE = 2_048  # clips of white noise, at most
-REJECTED = 0.4, 0.95  # of the clips in the order of likelihood: the thresholds that the released code always ends with
-_PIECE = 256  # clips that are kept together
-_CHUNK = 1_000  # samples between two looks at the progress
+REJECTED = (
+    0.4,
+    0.95,
+)  # shares of the clips in order of likelihood: the thresholds that the released code always ends with
+_PIECE = 256  # clips a file
+_CHUNK = 1_000  # samples between two updates of the progress
 
 
 @dataclasses.dataclass(frozen=True)
-class Heard:
-    """What a classifier made of clips.
+class Outputs:
+    """A classifier's outputs for clips.
 
     Attributes:
       features, logits: [n, 1024] and [n, classes].
@@ -58,9 +61,9 @@ class Heard:
     logits: np.ndarray
     nats: np.ndarray
 
-    def of(self, chosen: np.ndarray) -> Heard:
-        """Some of the clips."""
-        return Heard(self.features[chosen], self.logits[chosen], self.nats[chosen])
+    def subset(self, chosen: np.ndarray) -> Outputs:
+        """Those of some of the clips."""
+        return Outputs(self.features[chosen], self.logits[chosen], self.nats[chosen])
 
 
 def measure_run(
@@ -85,20 +88,19 @@ def measure_run(
       workdir: the run.
       data: the data set that it was trained on.
       classifier: a path for `Classifier.load`.
-      num_samples: clips to generate; the published figures are of 10,240, or of 2,048 where none are rejected.
-      checkpoint, raw: as for `Run.weights`.
-      temperature, top_p: of sampling; the run's config's own if not given.
-      seed: of the clips, and of what is drawn in the figures.
-      match_lengths: silence generated clips from a length on that is drawn from the training recordings, which are
-        padded with silence too. The published protocol does not; it hears recordings of a second nearly throughout.
+      num_samples: clips to generate; the published figures use 10,240, or 2,048 without rejection.
+      checkpoint, raw: as in `Run.weights`.
+      temperature, top_p: of sampling; by default those of the run's config.
+      seed: of the clips, and of the random choices in the figures.
+      match_lengths: silence each generated clip after a length drawn from the training recordings, which are padded
+        with silence too. The published protocol does not, since nearly all of its recordings last a second.
       allow_rank_deficient: as in `metrics.fid`.
-      cache: where features are kept; `workdir`/perceptual if not given. Runs on the same data may share one.
+      cache: folder for features; `workdir`/perceptual by default. Runs on the same data may share one.
 
     Returns:
-      {"step", "num_samples", "generated", "rejected", "train", "test", "white_noise", and what they were made of}. Each
-      of the rows is {"fid", "is", "is_released", "mis", "am", "clips"}, real ones also "accuracy". "rejected" are the
-      clips that the published protocol keeps, with their number as "kept"; None where these are too few for a
-      covariance.
+      {"step", "num_samples", "generated", "rejected", "train", "test", "white_noise", and the settings}. Each of the
+      rows is {"fid", "is", "is_released", "mis", "am", "clips"}, real ones also "accuracy". "rejected" are the clips
+      that the published protocol keeps, with their number as "kept"; None if they are too few for a covariance.
 
     Raises:
       UserError: no run, checkpoint or classifier, a classifier of other classes, too few clips, figures that are not
@@ -115,9 +117,9 @@ def measure_run(
             "top_p": weights.config.generate.top_p if top_p is None else top_p,
             "seed": seed,
         }
-        heard = _generated(reference, weights, num_samples, settings, match_lengths)
+        outputs = _generated(reference, weights, num_samples, settings, match_lengths)
         rows = reference.rows(min(NOISE, num_samples), seed)
-        kept = keep_likely(heard.nats, seed)
+        kept = keep_likely(outputs.nats, seed)
         enough = len(kept) >= reference.needed
         result = {
             "step": weights.step,
@@ -127,8 +129,8 @@ def measure_run(
             **settings,
             "match_lengths": match_lengths,
             **reference.described,
-            "generated": reference.row(heard, seed),
-            "rejected": {**reference.row(heard.of(kept), seed), "kept": len(kept)} if enough else None,
+            "generated": reference.row(outputs, seed),
+            "rejected": {**reference.row(outputs.subset(kept), seed), "kept": len(kept)} if enough else None,
             **rows,
         }
         write_whole(workdir / RESULT, json.dumps(result, indent=2, allow_nan=False) + "\n")
@@ -145,17 +147,17 @@ def measure_reference(
     allow_rank_deficient: bool = False,
     show_progress: bool = True,
 ) -> dict[str, Any]:
-    """The rows that need no run: {"train", "test", "white_noise", and what they were made of}."""
+    """The rows that need no run: {"train", "test", "white_noise", and the settings}."""
     with writing(cache):
         reference = _Reference(data, classifier, cache, allow_rank_deficient, show_progress)
         return {**reference.described, **reference.rows(num_noise, seed)}
 
 
 def keep_likely(nats: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Which clips the published protocol keeps: the numbers of those between its thresholds, likelier ones last.
+    """The numbers of the clips that the published protocol keeps: those between its thresholds, likelier ones last.
 
-    The released code tunes its thresholds on one half of the clips, drawn at random, and reports the other; these are
-    the thresholds that it always ends with, so that of 10,240 clips 2,816 are kept.
+    The released code tunes its thresholds on a random half of the clips and reports the other half. It always ends with
+    the thresholds `REJECTED`, so that it keeps 2,816 of 10,240 clips.
     """
     half = np.random.default_rng(seed).permutation(len(nats))[: len(nats) // 2]
     order = half[np.argsort(-nats[half], kind="stable")]
@@ -164,7 +166,7 @@ def keep_likely(nats: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 class _Reference:
-    """The training split, heard by a classifier: what all rows are compared with."""
+    """The classifier's outputs for the training split, which all rows are compared with."""
 
     def __init__(self, data: str | Path, classifier: str | Path, cache: str | Path, allow: bool, show_progress: bool):
         self.dataset, self.classifier = Dataset(data), Classifier.load(classifier)
@@ -177,7 +179,7 @@ class _Reference:
         }
         for name, labels in self._labels.items():
             self.require(len(labels), f"the {name} split of {data}")
-        self._train: Heard | None = None
+        self._train: Outputs | None = None
         self.described = {
             "classifier": str(classifier),
             "classifier_sha256": self.classifier.fingerprint,
@@ -196,43 +198,43 @@ class _Reference:
             )
 
     @property
-    def train(self) -> Heard:
-        """The training split."""
+    def train(self) -> Outputs:
+        """Those of the training split."""
         if self._train is None:
             self._train = self._split("train")
         return self._train
 
-    def row(self, heard: Heard, seed: int) -> dict[str, Any]:
-        """The figures of clips."""
+    def row(self, outputs: Outputs, seed: int) -> dict[str, Any]:
+        """The figures of a set of clips."""
         return {
-            "fid": fid(self.train.features, heard.features, allow_rank_deficient=self._allow),
-            "is": inception_score(heard.logits),
-            "is_released": inception_score_released(heard.logits),
-            "mis": modified_inception_score(heard.logits, seed),
-            "am": am_score(heard.logits, self.train.logits),
-            "clips": len(heard.logits),
+            "fid": fid(self.train.features, outputs.features, allow_rank_deficient=self._allow),
+            "is": inception_score(outputs.logits),
+            "is_released": inception_score_released(outputs.logits),
+            "mis": modified_inception_score(outputs.logits, seed),
+            "am": am_score(outputs.logits, self.train.logits),
+            "clips": len(outputs.logits),
         }
 
     def rows(self, num_noise: int, seed: int) -> dict[str, Any]:
         """The figures of real clips and of white noise."""
         rows = {}
         for name in ("train", "test"):
-            heard = self.train if name == "train" else self._split(name)
-            right = heard.logits.argmax(-1) == self._labels[name]
-            rows[name] = {**self.row(heard, seed), "accuracy": float(right.mean())}
+            outputs = self.train if name == "train" else self._split(name)
+            right = outputs.logits.argmax(-1) == self._labels[name]
+            rows[name] = {**self.row(outputs, seed), "accuracy": float(right.mean())}
         rows["white_noise"] = self.row(self._noise(num_noise, seed), seed)
         return rows
 
-    def _split(self, name: str) -> Heard:
+    def _split(self, name: str) -> Outputs:
         split: Split = self.dataset.split(name)
 
         def make(first: int, last: int, _: Callable[[int], None]) -> tuple[np.ndarray, np.ndarray]:
             return read_clips(split, first, last), np.zeros(last - first)
 
         key = {"data": self.dataset.manifest.fingerprint, "split": name}
-        return self.heard(name, key, len(split.recordings), make, unit=1)
+        return self.outputs(name, key, len(split.recordings), make, unit=1)
 
-    def _noise(self, count: int, seed: int) -> Heard:
+    def _noise(self, count: int, seed: int) -> Outputs:
         def make(first: int, last: int, _: Callable[[int], None]) -> tuple[np.ndarray, np.ndarray]:
             clips = [
                 np.random.default_rng((seed, i)).uniform(-1, 1, audio.SAMPLE_RATE).astype(np.float32)
@@ -240,22 +242,23 @@ class _Reference:
             ]
             return np.stack(clips), np.zeros(last - first)
 
-        return self.heard("white_noise", {"noise": seed}, count, make, unit=1)
+        return self.outputs("white_noise", {"noise": seed}, count, make, unit=1)
 
-    def heard(
+    def outputs(
         self,
         name: str,
         key: dict[str, Any],
         count: int,
         make: Callable[[int, int, Callable[[int], None]], tuple[np.ndarray, np.ndarray]],
         unit: int,
-    ) -> Heard:
-        """What the classifier makes of `count` clips, as far as it is not yet in the cache.
+    ) -> Outputs:
+        """The classifier's outputs for `count` clips; computes only those that are not in the cache.
 
         Args:
-          name, key: the clips', which decide what is the same.
-          make: (first, last, tick) -> clips and their nats; `tick(n)` tells that n of the clips' samples are made.
-          unit: how often `make` ticks for a clip; 1 where it does not.
+          name, key: identify the clips in the cache.
+          count: how many clips.
+          make: (first, last, tick) -> clips and their nats; it calls `tick(n)` when n samples of the clips are made.
+          unit: samples a clip, if `make` calls `tick`; else 1.
         """
         key = {**key, "classifier": self.classifier.fingerprint}
         prefix = f"{name}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}"
@@ -273,35 +276,35 @@ class _Reference:
                     )
                 clips, nats = make(first, last, progress.update if progress else lambda _: None)
                 features, logits = self.classifier.features_and_logits(clips)
-                found = Heard(features, logits, nats)
+                found = Outputs(features, logits, nats)
                 _write_piece(path, found)
                 if progress and unit == 1:
                     progress.update(last - first)
             parts.append(found)
         if progress:
             progress.close()
-        return Heard(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(Heard)))
+        return Outputs(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(Outputs)))
 
 
-def _read_piece(path: Path, count: int) -> Heard | None:
-    """A piece of the cache; None where there is none that is whole."""
+def _read_piece(path: Path, count: int) -> Outputs | None:
+    """A piece of the cache; None if it is missing or damaged."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            found = Heard(file["features"], file["logits"], file["nats"])
+            found = Outputs(file["features"], file["logits"], file["nats"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
     return found if all(len(x) == count for x in (found.features, found.logits, found.nats)) else None
 
 
-def _write_piece(path: Path, heard: Heard) -> None:
+def _write_piece(path: Path, outputs: Outputs) -> None:
     out = io.BytesIO()
-    np.savez(out, features=heard.features, logits=heard.logits, nats=heard.nats)
+    np.savez(out, features=outputs.features, logits=outputs.logits, nats=outputs.nats)
     write_whole(path, out.getvalue())
 
 
 def _generated(
     reference: _Reference, weights: Trained, count: int, settings: dict[str, Any], match_lengths: bool
-) -> Heard:
+) -> Outputs:
     voice = Voice(weights.model, weights.params, Codec.of(reference.dataset.manifest))
     length = audio.SAMPLE_RATE
     lengths = reference.dataset.split("train").lengths
@@ -324,11 +327,11 @@ def _generated(
     key = {"weights": weights.sha256, "length": length, **settings}
     if match_lengths:
         key["lengths"] = reference.dataset.manifest.fingerprint
-    return reference.heard("generated", key, count, make, unit=length)
+    return reference.outputs("generated", key, count, make, unit=length)
 
 
 def table(result: dict[str, Any]) -> str:
-    """A result's rows as text, for people."""
+    """A result's rows as a table of text."""
     names = {
         "train": "real, training split",
         "test": "real, test split",

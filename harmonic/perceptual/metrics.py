@@ -1,7 +1,7 @@
-"""What is computed from features and logits of two sets of clips (SaShiMi's protocol, Goel et al. 2202.09729).
+"""Figures computed from the features and logits of sets of clips (SaShiMi's protocol, Goel et al. 2202.09729).
 
-Everything is in float64 and starts from logits, so that no probability is rounded to zero before its logarithm is
-taken. All figures but `inception_score_released` depend on the set alone, not on the order of its clips.
+Everything is in float64 and starts from logits, so that no probability is rounded to zero before its logarithm. Except
+for `inception_score_released`, no figure depends on the order of the clips.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ def fid(a: np.ndarray, b: np.ndarray, *, allow_rank_deficient: bool = False) -> 
 
     Args:
       a, b: [n, features] and [m, features].
-      allow_rank_deficient: take sets of no more clips than there are features. Their covariance has no full rank and
-        the distance comes out too large; figures of equally many clips can still be compared.
+      allow_rank_deficient: accept sets with no more clips than features. Their covariance does not have full rank, and
+        the distance comes out too large; figures from equally many clips can still be compared.
 
     Raises:
-      UserError: features that are not finite, or fewer than features + 1 clips (2, where that is allowed).
+      UserError: features that are not finite, or fewer than features + 1 clips (2 with `allow_rank_deficient`).
     """
     a, b = (_finite(x, "features") for x in (a, b))
     needed = samples_needed(a.shape[1], allow_rank_deficient)
@@ -34,20 +34,20 @@ def fid(a: np.ndarray, b: np.ndarray, *, allow_rank_deficient: bool = False) -> 
         if len(x) < needed:
             raise UserError(too_few(len(x), needed))
     (mean_a, root_a), (mean_b, root_b) = _gaussian(a), _gaussian(b)
-    # tr((A B)^(1/2)) is the sum of the singular values of A^(1/2) B^(1/2): unlike eigenvalues of the product, these
-    # keep their precision where covariances are nearly singular.
+    # tr((A B)^(1/2)) is the sum of the singular values of A^(1/2) B^(1/2). Unlike the eigenvalues of A B, they stay
+    # precise when the covariances are nearly singular.
     cross = scipy.linalg.svdvals(root_a.T @ root_b).sum()
     distance = ((mean_a - mean_b) ** 2).sum() + (root_a**2).sum() + (root_b**2).sum() - 2 * cross
     return float(max(distance, 0.0))
 
 
 def samples_needed(features: int, allow_rank_deficient: bool = False) -> int:
-    """How many clips a covariance of that many features needs."""
+    """How many clips a covariance of `features` features needs."""
     return 2 if allow_rank_deficient else features + 1
 
 
 def too_few(count: int, needed: int) -> str:
-    """What is said of too few clips."""
+    """The error's text for too few clips."""
     way_out = "" if needed == 2 else ", or allow_rank_deficient (a distance that comes out too large)"
     return f"{count:,} clips are fewer than the {needed:,} that a covariance needs; give more clips{way_out}"
 
@@ -68,11 +68,11 @@ def inception_score(logits: np.ndarray) -> float:
 
 
 def inception_score_released(logits: np.ndarray) -> float:
-    """What SaShiMi's released code prints as inception score, to be compared with published figures.
+    """The number that SaShiMi's released code prints as inception score, to compare with published figures.
 
-    It takes its entropies over clips instead of classes: exp of the mean, over classes, of how far the class's
-    probabilities are from being equal for all clips. Classes that are rare count as much as frequent ones, so that it
-    is not bounded by their number. Only a half of the clips is looked at, drawn with NumPy's old generator, seed 0.
+    It takes entropies over clips instead of classes: exp of the mean, over classes, of the divergence of the class's
+    probabilities over clips from the uniform distribution. Rare classes count as much as frequent ones, so that the
+    score can exceed the number of classes. It uses one half of the clips, drawn with NumPy's old generator, seed 0.
     """
     logs = _log_probabilities(logits)
     order = np.random.RandomState(0).permutation(len(logs))
@@ -86,7 +86,7 @@ def inception_score_released(logits: np.ndarray) -> float:
 def modified_inception_score(logits: np.ndarray, seed: int = 0) -> float:
     """exp of the mean KL(p(y | x) ‖ p(y | x')) over 10,000 random pairs of clips (Gurumurthy et al. 1706.02071)."""
     logs = _log_probabilities(logits)
-    logs = logs[np.lexsort(logs.T)]  # so that the pairs do not depend on the order in which clips came
+    logs = logs[np.lexsort(logs.T)]  # so that the pairs do not depend on the order of the clips
     first, second = np.random.default_rng(seed).integers(len(logs), size=(2, PAIRS))
     return float(np.exp((np.exp(logs[first]) * (logs[first] - logs[second])).sum(1).mean()))
 

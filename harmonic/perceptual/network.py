@@ -26,7 +26,7 @@ class Sizes:
       stem: channels of the first convolution.
       widths: channels between the bottlenecks of each of the three stages; the last is the number of features.
       inner: channels within them, each a multiple of `groups`.
-      groups: what the 3 x 3 convolutions within are cut into (the cardinality).
+      groups: of the 3 x 3 convolutions within (the cardinality).
       blocks: bottlenecks a stage.
     """
 
@@ -39,7 +39,7 @@ class Sizes:
 
 SIZES = {
     "paper": Sizes(),
-    # A two-hundredth of the operations; the same number of features.
+    # Needs a two-hundredth of the operations, and has the same number of features.
     "small": Sizes(stem=16, widths=(32, 64, FEATURES), inner=(32, 64, 128), groups=4, blocks=1),
 }
 
@@ -47,8 +47,8 @@ SIZES = {
 class Convolution(nnx.Module):
     """A square convolution, centred, without bias: [n, height, width, in] to [n, height / stride, width / stride, out].
 
-    Groups are convolved one by one: XLA's own grouped convolutions on CPU take up to 18 times as long forward, and 7 to
-    54 times as long with their gradients.
+    Each group is a convolution of its own: XLA's grouped convolutions on CPU take up to 18 times as long forward, and 7
+    to 54 times as long with their gradients.
     """
 
     def __init__(self, width_in: int, width: int, size: int, rngs: nnx.Rngs, stride: int = 1, groups: int = 1):

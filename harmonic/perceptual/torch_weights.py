@@ -1,9 +1,12 @@
-"""Tensors out of a file of `torch.save`, without PyTorch and without running anything that is in it.
+"""Reads tensors from a file of `torch.save`, without PyTorch and without running any code in the file.
 
-A pickle is a program: it names functions and calls them. This reader knows the few that rebuild tensors, and does them
-itself. Every other name becomes an inert stand-in that holds attributes and cannot be called, so that a whole pickled
-module comes out as its tree of tensors; a pickle that calls any other name is refused. Both of PyTorch's formats are
-read: the zip archive (since 1.6), and the one before.
+A pickle is a program: it names functions and calls them. This reader implements the few functions that rebuild tensors.
+Every other name becomes an inert class that holds attributes and cannot be called, so that a whole pickled module comes
+out as its tree of tensors; a pickle that calls any other name is refused. It reads both of PyTorch's formats: the zip
+archive (since 1.6) and the older one.
+
+A script that converts the file with PyTorch once would not do: the released classifier is a pickled DataParallel, which
+`torch.load` refuses with `weights_only` and otherwise rebuilds by running code.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ _DTYPES = {
 
 @dataclasses.dataclass
 class _Storage:
-    """The numbers that tensors are views of; in the older format they stand behind the pickle."""
+    """The numbers that tensors are views of; in the older format they follow the pickle."""
 
     key: str
     dtype: np.dtype[Any]
@@ -65,7 +68,7 @@ class _Tensor:
         empty = 0 in self.shape
         last = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=False))
         values = self.storage.values
-        # A stride of 0 could blow a few bytes up to any size.
+        # Without this check, a stride of 0 could turn a few bytes into an array of any size.
         if (
             not sound
             or values is None
@@ -80,7 +83,7 @@ class _Tensor:
 
 
 class _Named(type):
-    """A name of the file; calling it is what this reader never does."""
+    """A name in the file that this reader never calls."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         raise UserError(
@@ -90,7 +93,7 @@ class _Named(type):
 
 
 class _Inert(metaclass=_Named):
-    """An object of any class, as its attributes alone."""
+    """An object of any class: only its attributes."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
         return object.__new__(cls)
@@ -129,7 +132,7 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         if isinstance(pid, tuple) and len(pid) > 1 and pid[0] == "module":
-            return pid[1]  # the older format puts a class's source text beside it
+            return pid[1]  # the older format adds the class's source text
         try:
             kind, dtype, key, _, size = pid[:5]
         except (TypeError, ValueError) as error:
@@ -148,7 +151,7 @@ class _Unpickler(pickle.Unpickler):
 def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
     """The tensors of a saved state_dict or of a whole saved module, by their names in a state_dict.
 
-    The `module.` that DataParallel puts before every name is taken away.
+    Removes the `module.` that DataParallel puts before every name.
 
     Raises:
       UserError: the file cannot be read, calls code, or holds no tensors.
@@ -160,7 +163,7 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: {error}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}); give a file of weights") from error
-    except Exception as error:  # whatever damaged bytes make of an unpickler
+    except Exception as error:  # damaged bytes can make an unpickler raise anything
         raise UserError(
             f"{path} is not a whole file of PyTorch weights ({type(error).__name__}: {str(error)[:120]}); get it again"
         ) from error
@@ -218,7 +221,7 @@ def _read_older(file: BinaryIO) -> Any:
 
 
 def _collect(root: Any, found: dict[str, Any]) -> None:
-    """Gathers tensors of state_dicts (also within a checkpoint) and of modules, by their dotted names."""
+    """Collects the tensors of state_dicts (also inside a checkpoint) and of modules, by their dotted names."""
     waiting = [(root, "")]
     for _ in range(_MOST_OBJECTS):
         if not waiting:

@@ -10,14 +10,19 @@ from harmonic import published
 from harmonic.report.inputs import Json, number, objects, section
 from harmonic.report.page import Player, SoundBudget, player
 
-_FIGURES = (  # key in perceptual.json and harmonic.published, heading, digits
+_FIGURES = (  # key in perceptual.json, heading, digits
     ("fid", "FID", 2),
     ("is", "IS", 2),
     ("is_released", "IS, released code", 2),
     ("mis", "mIS", 2),
     ("am", "AM", 3),
 )
-_PUBLISHED = tuple(figure for figure in _FIGURES if figure[0] != "is_released")
+_PUBLISHED = (  # name in harmonic.published, heading, digits
+    ("fid", "FID", 2),
+    ("inception_score", "IS", 2),
+    ("mis", "mIS", 2),
+    ("am", "AM", 3),
+)
 _ROWS = (  # key in perceptual.json, heading
     ("generated", "Generated"),
     ("rejected", "Generated, without the most and the least likely"),
@@ -44,24 +49,22 @@ def perceptual(found: Json, dataset: str) -> Json | None:
             ours = len(rows) if key == "generated" else ours
             clips = number(row, "clips") or number(row, "kept")
             rows.append([title, f"{clips:,.0f}" if clips else "", *cells])
+    if not rows:
+        return None
     theirs = [
         [row.title, *cells]
         for row in published.RESULTS
         if row.dataset == dataset and any(cells := _cells(_PUBLISHED, row.value))
     ]
-    return (
-        {
-            "head": ["Clips", "Number", *(title for _, title, _ in _FIGURES)],
-            "rows": rows,
-            "ours": ours,
-            "step": number(found, "step"),
-            "temperature": number(found, "temperature"),
-            "published_head": ["Model", *(title for _, title, _ in _PUBLISHED)],
-            "published": theirs,
-        }
-        if rows
-        else None
-    )
+    return {
+        "head": ["Clips", "Number", *(title for _, title, _ in _FIGURES)],
+        "rows": rows,
+        "ours": ours,
+        "step": number(found, "step"),
+        "temperature": number(found, "temperature"),
+        "published_head": ["Model", *(title for _, title, _ in _PUBLISHED)],
+        "published": theirs,
+    }
 
 
 def _cells(figures: tuple[tuple[str, str, int], ...], value_of: Callable[[str], float | None]) -> list[str]:

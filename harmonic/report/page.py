@@ -29,8 +29,9 @@ _SHORT = 2.0  # seconds; shorter sounds stay WAV, since Chromium cannot play FLA
 
 def render(template: str, **values: Any) -> bytes:
     """A page, from a template in this package's `templates`. Text in `values` is escaped; a missing one is an error."""
+    loader = jinja2.PackageLoader(__package__)
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader(__package__),
+        loader=loader,
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -38,9 +39,8 @@ def render(template: str, **values: Any) -> bytes:
         keep_trailing_newline=True,
     )
     environment.filters |= {"form": format, "count": count, "duration": duration, "quote": quote}
-    assert environment.loader is not None
     # The policy names the script by its hash, so the script is inserted unchanged.
-    script = environment.loader.get_source(environment, "page.js")[0]
+    script = loader.get_source(environment, "page.js")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment.globals |= {"script": Markup(script), "script_sha256": digest, "waveform_columns": WAVEFORM_COLUMNS}
     page = environment.get_template(template).render(values)

@@ -1,5 +1,5 @@
-"""Studies: several runs that differ in one thing, and what they show beside the published figures.
+"""Studies: several runs that differ in one thing, compared with one another and with the published figures.
 
-`plan` says what a study is, `folder` gathers what its runs have measured, `results` compares runs with the baseline and
+`plan` defines a study, `folder` gathers what its runs have measured, `results` compares runs with the baseline and
 with the paper, and `tables` and `page` show that.
 """

@@ -16,7 +16,6 @@ from harmonic.errors import UserError
 from harmonic.files import read_json, write_json, write_whole
 from harmonic.generate import generate
 from harmonic.metrics import read_metrics
-from harmonic.models import DEFAULT_KIND
 from harmonic.report.inputs import Json
 from harmonic.run import Run as RunFolder
 from harmonic.study.page import study_page
@@ -68,7 +67,7 @@ class StudyFolder:
             "study": self._study.name,
             "size": self._size,
             **{name: getattr(self._study, name) for name in ("title", "reproduces", "note", "baseline")},
-            "kinds": sorted({getattr(config.model, "kind", DEFAULT_KIND) for config in self._configs.values()}),
+            "kinds": sorted({config.model.kind for config in self._configs.values()}),
             "seeds": seeds,
             "command": self._command,
             "platform": platform,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from harmonic.report.charts import Chart, percent, spread, ticks
 from harmonic.report.inputs import Json
-from harmonic.report.page import SoundBudget, player, render
+from harmonic.report.page import Player, SoundBudget, player, render
 from harmonic.study.results import base_title, findings, model_names, notes, rows, state
 from harmonic.study.tables import tables
 
@@ -88,7 +88,7 @@ def _curves(study: Json) -> Json | None:
     if not curves:
         return None
     right = max(curve[-1][0] for _, curve in curves)
-    # The first losses are far above everything else, and would squash what is compared.
+    # The first losses are far above everything else, and would squash the part that is compared.
     late = [bits for _, curve in curves for step, bits in curve if step >= 0.2 * right]
     late = late or [bits for _, curve in curves for _, bits in curve]
     low, high = min(late), max(late)
@@ -106,7 +106,7 @@ def _curves(study: Json) -> Json | None:
     return {"chart": chart, "legend": legend}
 
 
-def _players(folder: Path, study: Json) -> list:
+def _players(folder: Path, study: Json) -> list[Player]:
     budget, again = SoundBudget(), "give the study's command again"
     return [
         player(

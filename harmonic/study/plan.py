@@ -1,4 +1,4 @@
-"""What a study is: its runs, and what is published of each."""
+"""A study: its runs, and the published figures of each."""
 
 from __future__ import annotations
 

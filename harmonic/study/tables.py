@@ -57,7 +57,7 @@ def tables(study: Json) -> list[Table]:
         return Table(caption, ["Run", *(title for title, _ in shown)], lines)
 
     gaps = [(row.gap, row.published_gap) for row in table]
-    every = {  # by the metric without which a table would only repeat what is published
+    every = {  # by metric: without a measured value of it, the table would only repeat published figures
         "": columns(
             "Test likelihood, bits per sample",
             ("Measured", found("bits", 3)),

@@ -8,31 +8,33 @@ programs on CPU (`memory_analysis`), over widths, levels, segments and meshes; a
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
-
-import jax
+from typing import Any
 
 from harmonic.models.costs import Carry, Costs, Exchange, Halo, count, rounded
 from harmonic.models.harmonic_rnn.config import ModelConfig
 
-if TYPE_CHECKING:
-    from harmonic.models.harmonic_rnn.model import HarmonicRNN
 
+def costs(config: ModelConfig, num_levels: int, params: Any, segments: int = 1) -> Costs:
+    """The model's costs.
 
-def costs(model: HarmonicRNN, segments: int = 1) -> Costs:
-    """The model's costs, where a training window is cut into so many segments."""
-    config, params = model.config, jax.eval_shape(model.init, jax.random.key(0))
+    Args:
+      config: its sizes.
+      num_levels: levels of a token.
+      params: the parameters' shapes.
+      segments: that a training window is cut into.
+    """
+    num_blocks = params["blocks"]["temporal"]["norm"]["scale"].shape[0]
     blocks, pools = _rates(config)
     # A training step keeps each block's input and each level's skip; at the outermost rate the most is held at once.
     in_a_block = 7.5 * config.state_width / 2 + 17.5 * config.width
-    kept = (blocks + sum(pools)) * config.width + max(in_a_block, 2.2 * model.num_levels + 6 * config.width)
+    kept = (blocks + sum(pools)) * config.width + max(in_a_block, 2.2 * num_levels + 6 * config.width)
     return Costs(
         by_part=_by_part(params),
-        blocks=model.num_blocks,
-        operations=_operations(config, model.num_levels, segments > 1),
-        weights_read=_weights_read(config, model.num_levels, params),
+        blocks=num_blocks,
+        operations=_operations(config, num_levels, segments > 1),
+        weights_read=_weights_read(config, num_levels, params),
         kept=kept,
-        exchanges=_exchanges(config, model.num_blocks),
+        exchanges=_exchanges(config, num_blocks),
     )
 
 

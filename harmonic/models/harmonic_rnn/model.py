@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from harmonic import kernels
+from harmonic.errors import check
 from harmonic.kernels import Pair
 from harmonic.kernels.context_parallel import left_halo
 from harmonic.kernels.dense import dense, normalise
@@ -119,6 +120,8 @@ class HarmonicRNN(base.Model):
     def __init__(self, config: ModelConfig, num_levels: int = 256, channels: int = 1):
         if channels != 1:
             raise ValueError(f"HarmonicRNN models one channel, got {channels}")
+        names = kernels.IMPLEMENTATIONS
+        check(config.kernel in names, "model.kernel", config.kernel, f"one of {', '.join(names)}")
         super().__init__(config, num_levels, channels)
         self.random = config.dropout > 0 or config.embedding_dropout > 0
         factors, blocks = config.pool_factors, config.level_blocks
@@ -143,7 +146,7 @@ class HarmonicRNN(base.Model):
         return _Part(lambda rngs: layers.Pool(self.config, factor, initializer, rngs=rngs))
 
     def init(self, key: jax.Array) -> Params:
-        """Fresh float32 parameters; all blocks lie along a leading axis, as one stack of `num_blocks`."""
+        """Fresh float32 parameters; all blocks are stacked along a leading axis, as one stack of `num_blocks`."""
         parts = {"embedding": self.embedding, "head": self.head, **self.pools}
         params = {name: part.init(jax.random.fold_in(key, i)) for i, (name, part) in enumerate(parts.items())}
         blocks = jax.vmap(self.block.init)(jax.random.split(jax.random.fold_in(key, len(parts)), self.num_blocks))
@@ -313,7 +316,7 @@ class HarmonicRNN(base.Model):
 
     def costs(self, segments: int = 1) -> Costs:
         """As `harmonic_rnn.costs.costs`."""
-        return costs(self, segments)
+        return costs(self.config, self.num_levels, jax.eval_shape(self.init, jax.random.key(0)), segments)
 
 
 class Sampler(base.Sampler):

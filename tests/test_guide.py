@@ -1,5 +1,6 @@
-"""The example of harmonic/README.md, copied out of it: a model is its own folder and one config, and obeys the laws."""
+"""The examples of harmonic/README.md, copied out of it: a model that obeys the laws, a layout, an evaluator."""
 
+import csv
 import dataclasses
 import importlib
 import re
@@ -13,22 +14,35 @@ import pytest
 
 from harmonic import models
 from harmonic.config import load_config, override
+from harmonic.data import Dataset
 from harmonic.evaluate import evaluate_split
 from harmonic.generate import generate
 from harmonic.mesh import make_mesh
+from harmonic.run import Run
 from harmonic.step import make_loss_and_grad
 from harmonic.train import train
 
-GUIDE = Path(__file__).parents[1] / "harmonic/README.md"
+GUIDE = (Path(__file__).parents[1] / "harmonic/README.md").read_text()
+
+
+def example(beginning):
+    """The code block that begins with these words."""
+    (code,) = [code for code in re.findall(r"^```python\n(.*?)^```", GUIDE, re.M | re.S) if code.startswith(beginning)]
+    return code
+
+
+def small(config):
+    """Three steps on the tiny data set."""
+    sizes = ["data.dataset=tiny", "data.window_length=320", "train.steps=3", "train.sample_every=0"]
+    return override(config, [*sizes, "train.validate_every=0", "train.checkpoint_every=0", "model.width=8"])
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """The config of the example, its model's folder on the path of `harmonic.models` for as long as the tests take."""
     folder = tmp_path_factory.mktemp("guide")
-    text = GUIDE.read_text()
     for path in ("harmonic/models/ngram/config.py", "harmonic/models/ngram/model.py", "configs/ngram.py"):
-        (code,) = re.findall(rf"`{path}`:\n\n```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        (code,) = re.findall(rf"`{path}`:\n\n```python\n(.*?)^```", GUIDE, re.M | re.S)
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(code)
     (folder / "harmonic/models/ngram/__init__.py").touch()
@@ -89,15 +103,45 @@ def test_it_obeys_law_3(config, model):
 
 
 def test_it_trains_evaluates_and_generates(config, tiny_data, tmp_path):
-    from harmonic.data import Dataset
-
-    sizes = ["data.dataset=tiny", "data.window_length=320", "train.steps=3", "train.sample_every=0"]
-    config = override(config, [*sizes, "train.validate_every=0", "train.checkpoint_every=0", "model.width=8"])
+    config = small(config)
     assert train(config, tiny_data, tmp_path / "run").step == 3
-    from harmonic.checkpoint import load_weights
-
-    weights = load_weights(tmp_path / "run")
-    found = evaluate_split(weights.model, weights.params, Dataset(tiny_data).split("test"), config)
-    assert found.samples == Dataset(tiny_data).manifest.splits["test"].samples and 0 < found.bits_per_sample < 10
-    (chunk,) = generate(weights.model, weights.params, batch=2, length=50)
+    trained, data = Run(tmp_path / "run").weights(), Dataset(tiny_data)
+    found = evaluate_split(trained.model, trained.params, data.split("test"), config)
+    assert found.samples == data.manifest.splits["test"].samples and 0 < found.bits_per_sample < 10
+    (chunk,) = generate(trained.model, trained.params, batch=2, length=50)
     assert chunk.tokens.shape == (2, 50, 1)
+
+
+def test_the_first_example():
+    names = {}
+    exec(example("import jax\nfrom harmonic import models").replace("sc09", "demo"), names)
+    assert names["logits"].shape == (2, 1, 1, 256)
+
+
+def test_the_layout(tmp_path, monkeypatch):
+    from archives import wav
+
+    from pipelines.build import PrepareSpec, prepare
+    from pipelines.sources import layouts
+
+    monkeypatch.setitem(layouts.DATA_SETS, "birds", None)  # removed again after the test
+    exec(example("@dataclasses.dataclass"), {**vars(layouts), "csv": csv})
+    folder = tmp_path / "birds"
+    (folder / "a").mkdir(parents=True)
+    rows = ["file,split,label"]
+    for number, split in enumerate(("train", "validation", "test", "train")):
+        (folder / f"a/{number}.wav").write_bytes(wav(seed=number))
+        rows.append(f"a/{number}.wav,{split},wren")
+    (folder / "splits.csv").write_text("\n".join(rows))
+    manifest = prepare(PrepareSpec("birds", source=str(folder), output_dir=str(tmp_path / "data")))
+    assert [manifest.splits[name].recordings for name in ("train", "validation", "test")] == [2, 1, 1]
+    assert {row.label for row in Dataset(tmp_path / "data/birds").split("train").recordings} == {"wren"}
+
+
+def test_the_evaluator(tiny_data, tmp_path):
+    names = {"__name__": "example"}
+    exec(example("import jax\n\nfrom harmonic.config"), names)
+    config = small(override(load_config("demo"), ["model.state_width=16", "model.gate_blocks=4"]))
+    train(config, tiny_data, tmp_path / "run", evaluators=[names["Norm"]()])
+    lines = [line for line in Run(tmp_path / "run").metrics() if line["kind"] == "norm"]
+    assert [line["step"] for line in lines] == [3] and lines[0]["norm"] > 0

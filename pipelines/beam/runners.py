@@ -1,4 +1,4 @@
-"""Beam's runners: their options checked, worker processes that keep quiet, and the user's error within theirs."""
+"""Beam's runners: options checked, logging held back, and the user's error found inside theirs."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from harmonic.errors import UserError, one_line
-from pipelines.array_record_io import import_beam, is_local
-from pipelines.workers import LocalWorkers
+from pipelines.beam.loading import import_beam
+from pipelines.beam.workers import LocalWorkers
+from pipelines.paths import is_local
 
 DEFAULT_RUNNER = "FnApiRunner"
 _BEAM_THREADS = ("beam_control_read", "read_grpc_client_inputs", "run_worker")
 
 
 def beam_options(arguments: Sequence[str]) -> list[str]:
-    """Checks arguments that are meant for Beam, and adds the defaults that work without a network and in silence.
+    """Checks arguments for Beam, and adds defaults with which it needs no network and logs nothing.
 
-    DirectRunner stands for FnApiRunner: it first tries to download another runner, and hangs where it cannot.
+    DirectRunner is replaced by FnApiRunner: it first tries to download another runner, and hangs if it cannot.
 
     Raises:
       UserError: an argument that Beam does not know, or that loses records.
     """
     defaults = [f"--runner={DEFAULT_RUNNER}", "--default_sdk_harness_log_level=CRITICAL"]
     if not arguments:
-        return defaults  # without Beam's import: a second or more
+        return defaults  # without importing Beam, which takes a second or more
     import_beam()
     from apache_beam.options import pipeline_options as po
     from apache_beam.runners.runner import create_runner
@@ -60,35 +61,35 @@ def beam_options(arguments: Sequence[str]) -> list[str]:
 
 
 def runner_of(options: Sequence[str]) -> str:
-    """The runner in what `beam_options` returned."""
+    """The runner among the options that `beam_options` returned."""
     return [option for option in options if option.startswith("--runner=")][-1].removeprefix("--runner=")
 
 
 def is_elsewhere(runner: str) -> bool:
-    """Whether the workers of a runner see none of this machine's files."""
+    """Whether a runner's workers are on other machines, which do not see this machine's files."""
     return runner.rpartition(".")[2].lower() == "dataflowrunner"
 
 
 def check_output(folder: str, runner: str) -> None:
-    """Refuses a folder of this machine for workers that do not see it.
+    """Refuses a local folder for workers on other machines.
 
     Raises:
-      UserError: names both.
+      UserError: names the runner and the folder.
     """
     if is_elsewhere(runner) and is_local(folder):
         raise UserError(f"the workers of {runner} do not see {folder}; give --output_dir gs://bucket/folder")
 
 
 def wants_processes(options: Sequence[str]) -> bool:
-    """Whether Beam's options, not looked at otherwise, ask for local worker processes."""
+    """Whether Beam's options, still unchecked, ask for local worker processes."""
     return any("multi_processing" in option for option in options)
 
 
 def local_runner(options: Any, workers: LocalWorkers | None) -> Any:
-    """The FnApiRunner with these worker processes, where they are wanted; else None.
+    """The FnApiRunner with these worker processes if the options ask for them; else None.
 
-    Beam's own command for a worker lets it log to stderr until it has read the options, which never reach it, and work
-    on, for as long as its share takes, when the process that started it has been killed.
+    With Beam's own command, a worker logs to stderr until it has read options that never reach it, and works to the
+    end of its share when the launcher has been killed.
     """
     from apache_beam.options.pipeline_options import DirectOptions, StandardOptions
     from apache_beam.runners.portability.fn_api_runner import FnApiRunner
@@ -98,12 +99,12 @@ def local_runner(options: Any, workers: LocalWorkers | None) -> Any:
     multiple = direct.direct_running_mode == "multi_processing"
     if options.view_as(StandardOptions).runner != DEFAULT_RUNNER or not multiple or workers is None:
         return None
-    direct.direct_running_mode = "in_memory"  # that is: do not set the environment again
+    direct.direct_running_mode = "in_memory"  # keeps Beam from setting the environment again
     return FnApiRunner(default_environment=SubprocessSDKEnvironment.from_command_string(workers.command))
 
 
 def unwrap(error: BaseException) -> UserError | None:
-    """The UserError that a runner wrapped in its own errors, as an object or only as text; None if there is none."""
+    """The UserError inside a runner's error, as an object or only as text; None if there is none."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, UserError):
@@ -123,8 +124,8 @@ def _without_step(message: str) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Holds back Beam's logging, which repeats every error with its stack trace and warns of what is meant, and the
-    traces of its own threads when a worker is lost."""
+    """Silences Beam's logging, which repeats every error with its stack trace, and the stack traces that its threads
+    print when a worker is lost."""
     before = threading.excepthook
 
     def not_beam(args: threading.ExceptHookArgs) -> None:

@@ -1,10 +1,10 @@
 """Data sets of the Hugging Face hub (`hf:user/name`): the rows of Parquet files, or audio files.
 
-    source = HubData("hf:user/name:config@revision")  # config and revision may be left out
+    source = HubSource("hf:user/name:config@revision")  # config and revision may be left out
 
-`datasets` says what a repository holds: its configuration, splits, columns and, pinned to a commit, its files. Nothing
-is decoded by it, nor prepared in its cache: a row's encoded bytes are read by ranges out of the row group that holds
-them. The recordings of a row group go into one shard, so that each is read once.
+`datasets` lists a repository's configuration, splits, columns and, pinned to a commit, its files. It decodes nothing
+and prepares nothing in its cache: a row's encoded bytes are read by ranges from its row group. The recordings of a row
+group go into one shard, so that each row group is read once.
 """
 
 from __future__ import annotations
@@ -24,18 +24,20 @@ from typing import Any, BinaryIO
 
 from harmonic.errors import UserError, one_line
 from harmonic.records import SPLITS
-from pipelines.hub import HubFile, no_leave
-from pipelines.remote import RangeReader, Refused, Transient
-from pipelines.sources import Source, SourceRecording, is_audio, natural_key, split_by_hash
-from pipelines.stores import Unreadable, open_remote
+from pipelines.errors import Unreadable
+from pipelines.sources.base import Source, SourceRecording, is_audio, natural_key
+from pipelines.sources.hub import HubFile, no_permission
+from pipelines.sources.remote import RangeReader, Refused, Transient
+from pipelines.sources.splits import split_by_hash
+from pipelines.sources.spool import open_remote
 
 SPLIT_NAMES = {
     "train": {"train", "training"},
     "validation": {"validation", "valid", "dev", "val"},
     "test": {"test", "testing", "eval", "evaluation"},
 }
-_THREADS = 8  # that look at files for the list
-_BUFFER_BYTES = 1 << 20  # of a column that pyarrow reads ahead; a page, which can be a row group, it holds whole
+_THREADS = 8  # for listing, one file each
+_BUFFER_BYTES = 1 << 20  # of a column that pyarrow reads ahead; it holds a page whole, which can be a row group
 _METADATA = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".gz", ".7z", ".rar")
 _FILE_COLUMNS = ("file_name", "audio_file_name")
@@ -44,13 +46,13 @@ _LABEL_COLUMNS = ("label", "labels", "class", "category")
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """Which columns of a Parquet file count.
+    """The columns of a Parquet file that are read.
 
     Attributes:
       audio: the column of the recordings.
-      within: the field of it that holds the bytes, or None where it is them.
+      within: its field that holds the bytes, or None if the column itself does.
       label: the column of the labels, or None.
-      names: what its numbers stand for, or None.
+      names: the labels by number, or None if the column holds the labels themselves.
     """
 
     audio: str
@@ -59,14 +61,14 @@ class Columns:
     names: tuple[str, ...] | None
 
 
-class HubData(Source):
+class HubSource(Source):
     """A data set repository of the hub.
 
     Args:
       source: `hf:user/name`, with `:config` if it has several and `@revision` if not the latest.
 
     Raises:
-      UserError: there is no such data set, no leave to read it, or it holds no recordings that are read here.
+      UserError: there is no such data set or no permission to read it, or its recordings are not in a known form.
     """
 
     def __init__(self, source: str):
@@ -112,7 +114,7 @@ class HubData(Source):
     def _listing(self) -> list[SourceRecording]:
         own = self._list_files() if self._columns is None else self._list_rows()
         if len({recording.id for recording in own}) < len(own):
-            raise UserError(f"{self.name} has files that stand in several splits; give another configuration of it")
+            raise UserError(f"{self.name} has files in several splits; give another configuration of it")
         if len(own) < 3:
             raise UserError(f"{self.name} holds {len(own)} recordings: at least 3 are needed, one for each split")
         splits = _splits(self.name, {recording.id: recording.split for recording in own})
@@ -150,7 +152,7 @@ class HubData(Source):
         schema = parquet.schema_arrow
         features = self._features or datasets.Features.from_arrow_schema(schema)
         audio = [name for name, kind in features.items() if isinstance(kind, datasets.Audio) and name in schema.names]
-        # Older files do not say what is audio.
+        # Older files do not mark the column of audio.
         audio += [name for name in schema.names if "bytes" in getattr(features.get(name), "keys", tuple)()]
         audio += [name for name in schema.names if name == "audio"]
         if not audio:
@@ -282,7 +284,7 @@ class HubData(Source):
         labels = self._metadata_labels([path for path in everything if os.path.basename(path) in _METADATA])
         if labels is None:
             audio = [PurePosixPath(path) for path in everything if is_audio(path)]
-            # As `datasets` does: folders of one level, of which there are several, are labels.
+            # Folders are labels if there are several, all at one depth: the rule of `datasets`.
             folders = {path.parent.name for path in audio}
             known = len(folders) > 1 and len({len(path.parts) for path in audio}) == 1
             labels = {str(path): path.parent.name for path in audio} if known else {}
@@ -294,7 +296,7 @@ class HubData(Source):
         ]
 
     def _metadata_labels(self, paths: list[str]) -> dict[str, str] | None:
-        """What tables beside the audio files say of them; None if there are none."""
+        """The labels in tables beside the audio files; None if there are no tables."""
         if not paths:
             return None
         import pandas
@@ -330,12 +332,12 @@ class HubData(Source):
 
 
 def _builder(source: str, repo: str, config: str | None, revision: str | None) -> Any:
-    """What `datasets` makes of a repository."""
+    """The builder by which `datasets` describes a repository."""
     import datasets
     from huggingface_hub import constants
 
     try:
-        # `datasets` takes half a minute to say that there is no connection, and says little of a wrong token.
+        # Without this request, `datasets` takes half a minute to miss a connection, and hardly explains a wrong token.
         probe = HubFile(repo, "README.md", revision)
         if not constants.HF_HUB_OFFLINE:
             probe.pin()
@@ -352,13 +354,13 @@ def _builder(source: str, repo: str, config: str | None, revision: str | None) -
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
         return datasets.load_dataset_builder(repo, config, revision=revision)
-    except Exception as error:  # of many kinds, of `datasets`, the hub's client and the HTTP client below it
+    except Exception as error:  # those of `datasets`, of the hub's client and of its HTTP client have no common base
         page = f"{constants.ENDPOINT}/datasets/{repo}"
         text = one_line(error)
         if "gated" in text or any(status in text for status in ("401 Client", "403 Client", "403 Forbidden")):
-            raise UserError(no_leave(page)) from error
+            raise UserError(no_permission(page)) from error
         if isinstance(error, datasets.exceptions.DatasetNotFoundError):
-            text = "there is no such data set, or no leave to see it; see the name, or log in with `hf auth login`"
+            text = "there is no such data set, or no permission to see it; see the name, or log in with `hf auth login`"
         elif constants.HF_HUB_OFFLINE or isinstance(error, ConnectionError):
             text = "there is no connection to the hub; try again, or give a folder or archive as --source"
         elif "Config name is missing" in text:
@@ -370,9 +372,9 @@ def _builder(source: str, repo: str, config: str | None, revision: str | None) -
 
 
 def _splits(source: str, theirs: dict[str, str]) -> dict[str, str]:
-    """Ids to splits: the repository's own, where they are known by their names; others are left out, with a warning.
+    """The split of each id: the repository's own if its name is known; others are left out with a warning.
 
-    A split that it does not have is taken from train by the hash of the ids. Where none is called train, all are.
+    A missing split is taken from train by the hash of the ids. If no split is called train, all ids are split by hash.
     """
     known = {
         name: split
@@ -402,6 +404,6 @@ def _chunks(group: Any, column: str, within: str | None = None) -> Iterator[Any]
 
 
 def chunk_start(chunk: Any) -> int:
-    """Where a column chunk begins in its file."""
+    """The offset of a column chunk in its file."""
     pages = (chunk.dictionary_page_offset, chunk.data_page_offset)
     return min(offset for offset in pages if offset is not None)

@@ -1,4 +1,4 @@
-"""Reads prepared data sets shard by shard, in memory that does not grow with them: for inspection, not for training."""
+"""Reads prepared data sets shard by shard, for inspection. The memory does not grow with the data set."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ import numpy as np
 
 from harmonic.errors import UserError, one_line
 from harmonic.records import Manifest, Record, RecordError, Recording, Shard, decode_record, read_index
-from pipelines.array_record_io import disk_full, exists, is_local, join, open_file, scratch_errors
+from pipelines.beam.storage import exists, open_file
+from pipelines.errors import disk_full, scratch_errors
+from pipelines.paths import is_local, join
 
 
 @contextlib.contextmanager
 def fetched(folder: str, shard: Shard) -> Iterator[str]:
-    """A local folder that holds a shard and its index: the data set's own, or a temporary copy of a remote one's.
+    """A local folder that holds a shard and its index: the data set's own, or one with temporary copies.
 
-    What is missing is missing there, too.
+    A missing file is missing there, too.
 
     Raises:
       UserError: a remote file cannot be read, or there is no room for it.
@@ -75,10 +77,10 @@ def read_record(records: Any, number: int) -> Record:
 
 @dataclasses.dataclass(frozen=True)
 class Located:
-    """A recording, and where it is.
+    """A recording and its place in a data set.
 
     Attributes:
-      folder: a local folder that holds the shard while the next recording is not asked for.
+      folder: a local folder that holds the shard until the next recording is taken.
       split, shard: of the data set.
       recording: its line in the index.
       first_record: number of its first record in the shard.
@@ -92,7 +94,7 @@ class Located:
 
 
 def recordings(folder: str, manifest: Manifest, split: str | None = None) -> Iterator[Located]:
-    """All recordings of a data set or of a split, in the order of the shards.
+    """Yields all recordings of a data set or of a split, in the order of the shards.
 
     Raises:
       UserError: an index is missing or damaged.
@@ -108,7 +110,7 @@ def recordings(folder: str, manifest: Manifest, split: str | None = None) -> Ite
 
 
 def pieces(manifest: Manifest, located: Located, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
-    """Tokens [length, channels] of samples start .. stop of a recording (all of it by default), record by record.
+    """Yields tokens [length, channels] of samples start .. stop of a recording (by default all), record by record.
 
     Raises:
       UserError: a record is damaged.

@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator, Sequence
 
 from harmonic.errors import UserError, one_line
 from harmonic.records import Manifest, Record, RecordError, Recording, Shard, count_windows, read_index
-from pipelines.array_record_io import list_files
-from pipelines.stored import fetched, open_shard, read_record
+from pipelines.beam.storage import list_files
+from pipelines.inspection.reading import fetched, open_shard, read_record
 
 _OURS = re.compile(r".*\.array_record|.*\.recordings\.jsonl|_partial-.*|manifest\.json\.partial")
 
 
 @dataclasses.dataclass
 class Checked:
-    """What was read, and how many lines of problems there were."""
+    """Files, records and samples that were read, and the number of problems."""
 
     files: int = 0
     records: int = 0
@@ -27,13 +27,13 @@ class Checked:
 
 
 class Verifier:
-    """Reads a whole data set again, one record at a time.
+    """Reads a whole data set, one record at a time.
 
     Args:
       folder: the data set's, local or of a file system that Beam knows.
-      manifest: its manifest, which has been read and so matches its own checksum.
-      report: is called with each problem, one line that names the file and, where it is known, the record.
-      progress: is called now and then with (bytes done, bytes in all).
+      manifest: its manifest, which matched its own checksum when it was read.
+      report: called with each problem, one line that names the file and, if known, the record.
+      progress: called now and then with (bytes done, bytes in all).
     """
 
     def __init__(
@@ -46,12 +46,12 @@ class Verifier:
         self._folder, self._manifest = folder, manifest
         self._report, self._progress = report, progress
         shards = [shard for split in manifest.splits.values() for shard in split.shards]
-        # Each shard is read twice: as bytes, and as records.
+        # Each shard is read twice, as bytes and as records.
         self._done, self._total = 0, sum(2 * shard.bytes + shard.index_bytes for shard in shards)
         self.checked = Checked()
 
     def run(self) -> Checked:
-        """Checks everything; what was found is in the result's `problems`, line by line in `report`."""
+        """Checks everything. Each problem goes to `report`, their number into the result."""
         self._list()
         for name, split in self._manifest.splits.items():
             for total in ("recordings", "windows", "samples"):
@@ -80,7 +80,7 @@ class Verifier:
 
     def _shard(self, folder: str, shard: Shard) -> None:
         readable = self._file(folder, shard.file, shard.bytes, shard.sha256)
-        # An index that is not as it was written says nothing about the records.
+        # The records are not compared with a damaged index.
         index = self._file(folder, shard.index_file, shard.index_bytes, shard.index_sha256) == ""
         before = self._done
         if readable is not None:
@@ -88,7 +88,7 @@ class Verifier:
         self._advance(before + shard.bytes - self._done)
 
     def _file(self, folder: str, name: str, size: int, sha256: str) -> str | None:
-        """What is wrong with a file's bytes, "" for nothing, None where it cannot be read."""
+        """The problem with a file's bytes, "" for none, None if it cannot be read."""
         digest, found, before = hashlib.sha256(), 0, self._done
         wrong: str | None = ""
         try:

@@ -1,4 +1,4 @@
-"""How one's own recordings are split where the flags say so: by a hash with other shares, or by lists."""
+"""Splits from ids alone: by rank, by a hash of the name, by lists; and the rule that flags ask for."""
 
 from __future__ import annotations
 
@@ -7,24 +7,54 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from harmonic.errors import UserError, one_line
 from harmonic.records import SPLITS
-from pipelines.sources import SourceRecording, split_by_hash
+from pipelines.sources.base import SourceRecording, natural_key
 
 DEFAULT_SHARES = (0.88, 0.06, 0.06)
 DEFAULT_RULE = "default"  # the source's own splits, or by hash
 
 
+def split_by_rank(ids: Iterable[str]) -> dict[str, str]:
+    """The split of each id: natural order, cut at int(0.88 n) and int(0.94 n)."""
+    ordered = sorted(ids, key=natural_key)
+    cuts = int(0.88 * len(ordered)), int(0.94 * len(ordered))
+    return {name: SPLITS[sum(rank >= cut for cut in cuts)] for rank, name in enumerate(ordered)}
+
+
+def split_by_hash(ids: Iterable[str], shares: tuple[float, float, float] = DEFAULT_SHARES) -> dict[str, str]:
+    """The split of each id from its SHA-256 as a number in [0, 1), cut by the shares (by default at 0.88 and 0.94).
+
+    New recordings move no others between splits, with one exception for small sets: from three recordings on, an empty
+    split (train, test, validation in this order) takes the recording whose number is nearest to the split's interval,
+    from a split that has more than one.
+    """
+    numbers = {
+        name: int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2**64
+        for name in ids
+    }
+    low_cut, high_cut = shares[0], round(1 - shares[2], 12)
+    intervals = {"train": (0.0, low_cut), "test": (high_cut, 1.0), "validation": (low_cut, high_cut)}
+    splits = {name: SPLITS[(u >= low_cut) + (u >= high_cut)] for name, u in numbers.items()}
+    if len(splits) >= 3:
+        for split, (low, high) in intervals.items():
+            held = list(splits.values())
+            if split not in held:
+                spare = [name for name in splits if held.count(splits[name]) > 1]
+                splits[min(spare, key=lambda name: (max(low - numbers[name], numbers[name] - high), name))] = split
+    return splits
+
+
 @dataclasses.dataclass(frozen=True)
 class SplitRule:
-    """Which recordings go where; without shares or lists, as the source says.
+    """Which split each recording is in; without shares or lists, the source decides.
 
     Attributes:
-      shares: of train, validation and test; each recording's split follows from a hash of its id.
-      lists: the ids of the recordings of validation and of test; the rest is train.
-      files: the lists' paths, for messages.
+      shares: of train, validation and test; a recording's split follows from a hash of its id.
+      lists: the ids of the validation and test recordings; the rest is train.
+      files: the paths of these lists, for messages.
     """
 
     shares: tuple[float, float, float] | None = None
@@ -33,7 +63,7 @@ class SplitRule:
 
     @property
     def name(self) -> str:
-        """What the manifest says of it: equal names, equal splits of the same recordings."""
+        """The rule's name in the manifest; equal names split the same recordings equally."""
         if self.shares is not None:
             return f"hash {','.join(f'{share:g}' for share in self.shares)}"
         if self.lists is not None:
@@ -98,9 +128,7 @@ def split_rule(shares: Sequence[float] | None, validation_list: str | None, test
     lists = {split: _read_list(f"--{split}_list", file) for split, file in given.items()}
     both = sorted(lists["validation"] & lists["test"])
     if both:
-        raise UserError(
-            f"{one_line(both[0])} stands in both {given['validation']} and {given['test']}; take it out of one"
-        )
+        raise UserError(f"{one_line(both[0])} is in both {given['validation']} and {given['test']}; take it out of one")
     return SplitRule(lists=lists, files=given)
 
 

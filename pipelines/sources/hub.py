@@ -1,10 +1,10 @@
-"""The Hugging Face hub: the archives of the published data sets, downloaded once, or read where they lie.
+"""The Hugging Face hub: the archives of the published data sets, downloaded once or read by ranges.
 
     path = download("krandiash/sc09", ("sc09.zip",))  # a local file
     file = locate("krandiash/sc09", ("sc09.zip",))    # a RemoteFile that a worker reads by ranges
 
-huggingface_hub gives the addresses, the token and the cache. Its own download is not used: in 2.4 a connection that is
-reset ends it and a process that is killed starts it from nothing, and it compares nothing with the checksum.
+huggingface_hub gives the URLs, the token and the cache, but not the download. That of 2.4, plain or with hf_xet 1.8,
+starts from nothing after a kill, and accepts a file whose bytes do not match their SHA-256.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from typing import Any, cast
 from tqdm import tqdm
 
 from harmonic.errors import UserError
-from pipelines.array_record_io import disk_full
-from pipelines.remote import HttpFile, Refused
-from pipelines.stores import locked
+from harmonic.locks import locked_file
+from pipelines.errors import disk_full
+from pipelines.sources.remote import HttpFile, Refused
 
 _ELSEWHERE = "download it elsewhere and give its path as --source"
 _BLOCK_BYTES = 1 << 20
 
 
 class HubFile(HttpFile):
-    """A file of a data set repository at one commit. Every process uses the token that it finds for itself."""
+    """A file of a data set repository at one commit. Each process uses the token of its own machine."""
 
     def __init__(self, repo: str, name: str, revision: str | None = None):
         from huggingface_hub import constants, hf_hub_url
@@ -47,7 +47,7 @@ class HubFile(HttpFile):
 
     def refusal(self, error: Refused) -> UserError:
         if error.status in (401, 403):
-            return UserError(no_leave(self.page, error))
+            return UserError(no_permission(self.page, error))
         return super().refusal(error)
 
 
@@ -55,8 +55,8 @@ def locate(repo: str, names: tuple[str, ...], patient: bool = True) -> HubFile:
     """The archive of a data set repository, pinned to a commit: the first of `names` that exists.
 
     Raises:
-      Refused: no answer, or none that says whether it is there.
-      UserError: no such repository or archive, or no leave to read it.
+      Refused: no answer, or one that does not say whether the archive exists.
+      UserError: no such repository or archive, or no permission to read it.
     """
     for name in names:
         file = HubFile(repo, name)
@@ -77,13 +77,13 @@ def locate(repo: str, names: tuple[str, ...], patient: bool = True) -> HubFile:
 
 
 def download(repo: str, names: tuple[str, ...]) -> str:
-    """The local path of a data set repository's archive, fetched unless the cache has it.
+    """The local path of a data set repository's archive, downloaded unless the cache has it.
 
-    A transfer that broke off, or whose process was killed, goes on where it stopped. What has arrived is compared with
-    the hub's SHA-256. Without a connection, what is cached is used; with HF_HUB_OFFLINE=1, nothing is asked.
+    A download that broke off, or whose process was killed, continues where it stopped, and the whole is compared with
+    the hub's SHA-256. Without a connection the cached archive is used; HF_HUB_OFFLINE=1 prevents all requests.
 
     Raises:
-      UserError: no connection, no such repository or archive, no leave to read it, or no room for it.
+      UserError: no connection, no such repository or archive, no permission to read it, or no room for it.
     """
     from huggingface_hub import constants, try_to_load_from_cache
 
@@ -107,7 +107,7 @@ def download(repo: str, names: tuple[str, ...]) -> str:
         if isinstance(theirs, str):
             return theirs
         try:
-            # A name of a folder: the server might have said anything.
+            # The server's tag becomes the name of a folder, so it may not be a path.
             key = etag if re.fullmatch(r"[0-9A-Za-z]{1,64}", etag) else hashlib.sha256(etag.encode()).hexdigest()
             folder = _assets(repo) / key
             folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +120,7 @@ def download(repo: str, names: tuple[str, ...]) -> str:
 
 
 def _cached(repo: str, names: tuple[str, ...]) -> str | None:
-    """An archive that is whole on this disk, the newest if there are several."""
+    """A whole archive on this disk, the newest if there are several."""
     from huggingface_hub import try_to_load_from_cache
 
     found = [path for name in names for path in _assets(repo).glob(f"*/{name}")]
@@ -131,16 +131,16 @@ def _cached(repo: str, names: tuple[str, ...]) -> str | None:
 
 
 def _assets(repo: str) -> Path:
-    """The folder that huggingface_hub keeps for other libraries' files."""
+    """A folder in huggingface_hub's cache for the files of other libraries."""
     from huggingface_hub import constants
 
     return Path(constants.HF_ASSETS_CACHE, "harmonic_rnn", repo.replace("/", "--"))
 
 
 def _fetch(file: HubFile, path: Path, etag: str) -> str:
-    """Downloads to `path`, or goes on with what is there of it."""
+    """Downloads to `path`, continuing with the part that is there."""
     assert file.size is not None
-    with locked(f"{path}.incomplete") as partial:
+    with locked_file(f"{path}.incomplete") as partial:
         if path.exists():  # another process has been faster
             os.unlink(partial.name)
             return str(path)
@@ -152,7 +152,7 @@ def _fetch(file: HubFile, path: Path, etag: str) -> str:
             raise OSError(errno.ENOSPC, f"{file.size - have:,} bytes are missing and {free:,} free")
         with (
             file.open() as remote,
-            # Not where no terminal would show it.
+            # disable=None: no bar unless stderr is a terminal.
             tqdm(desc=path.name, total=file.size, initial=have, unit="B", unit_scale=True, disable=None) as bar,
         ):
             remote.seek(have)
@@ -172,11 +172,11 @@ def _fetch(file: HubFile, path: Path, etag: str) -> str:
         return str(path)
 
 
-def no_leave(page: str, error: Refused | None = None) -> str:
-    """What to do where a repository's page gives no leave to read."""
+def no_permission(page: str, error: Refused | None = None) -> str:
+    """The line for a repository that may not be read, with the way out."""
     if error is not None and "Invalid credentials" in error.headers.get("X-Error-Message", ""):
         return f"{page} does not know the token that it was given; log in again with `hf auth login` or set HF_TOKEN"
     return (
-        f"{page} asks for leave to read: accept its terms there, then log in with `hf auth login` or set HF_TOKEN (on "
-        "the machines of all workers), or give an archive that you have as --source"
+        f"{page} asks for permission to read: accept its terms there, then log in with `hf auth login` or set HF_TOKEN "
+        "(on the machines of all workers), or give an archive that you have as --source"
     )

@@ -1,4 +1,4 @@
-"""What a prepared data set is like: durations, levels, tokens. In memory that does not grow with it."""
+"""Figures of a prepared data set: durations, levels, tokens. The memory does not grow with the data set."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import numpy as np
 
 from harmonic.errors import UserError
 from harmonic.records import Manifest, RecordError
-from pipelines.stored import fetched, open_shard, read_record, recordings
+from pipelines.inspection.reading import fetched, open_shard, read_record, recordings
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-_EXTREMES = 5  # loudest and quietest recordings that are named
-_HISTOGRAM_RECORDS = 4_096  # at most so many are read for the histogram, spread over all
-_LENGTH_BITS = 12  # lengths are told apart to this many binary digits: 0.05 %
+_EXTREMES = 5  # how many of the loudest and of the quietest recordings are named
+_HISTOGRAM_RECORDS = 4_096  # read at most for the histogram, spread over all records
+_LENGTH_BITS = 12  # lengths are rounded to this many binary digits: 0.05 %
 
 
 @dataclasses.dataclass(frozen=True)
 class Level:
-    """A recording, its level in dB below full scale before normalisation, and what it was multiplied by, in dB."""
+    """A recording, its level in dB below full scale before normalisation, and its gain in dB."""
 
     recording: str
     split: str
@@ -37,10 +37,10 @@ class Survey:
 
     Attributes:
       durations: for each split, seconds of a recording at each of `QUANTILES`.
-      cut_seconds: what trimming cut off, in all.
+      cut_seconds: sum of the silence that trimming cut off.
       loudest, quietest: recordings by level, the loudest and the quietest first; none in a data set of format 1.
       tokens: [num_levels] how often each token was seen.
-      records: how many records were read for that.
+      records: how many records were read for `tokens`.
     """
 
     durations: dict[str, tuple[float, ...]]
@@ -52,7 +52,7 @@ class Survey:
 
     @property
     def entropy(self) -> float:
-        """Of the tokens, in bits: what a model that knows no more than the histogram needs for a sample."""
+        """Entropy of the tokens in bits a sample: the score of a model that knows only the histogram."""
         counts = np.array([count for count in self.tokens if count], np.float64)
         shares = counts / counts.sum()
         return float(-(shares * np.log2(shares)).sum())
@@ -64,7 +64,7 @@ def survey(folder: str, manifest: Manifest, progress: Callable[[int, int], None]
     Args:
       folder: the data set's.
       manifest: its manifest.
-      progress: is called with (recordings done, recordings in all).
+      progress: called with (recordings done, recordings in all).
 
     Raises:
       UserError: an index or a record is missing or damaged.
@@ -134,7 +134,7 @@ def _histogram(folder: str, manifest: Manifest) -> tuple[np.ndarray, int]:
 
 
 def plot(counts: Iterable[int], columns: int = 64, height: int = 8) -> list[str]:
-    """A histogram as text: each column stands for equally many neighbouring values."""
+    """A histogram as text; each column is the mean of equally many neighbouring values."""
     values = np.array(list(counts), np.float64)
     parts = np.array([part.mean() for part in np.array_split(values, min(columns, len(values)))])
     tops = np.ceil(parts / parts.max() * height)

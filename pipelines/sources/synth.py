@@ -3,7 +3,7 @@
 The tunes are melodies in the public domain, written below as text, most with a simple left hand.
 The instrument adds a dozen decaying partials a note, with no noise and no reverberation, so that
 a model small enough to train in minutes has something it can learn. Everything is a pure function
-of this file: the same recordings come out of every run and every worker.
+of this file: every run and every worker makes the same recordings.
 
     recording = recordings()[0]
     audio = render_recording(recording)   # float32 [128000], 8 seconds at 16 kHz
@@ -14,29 +14,36 @@ beat. Bars before the first full one hold the upbeat; the last bar is short by a
 tune can be played round and round.
 """
 
+from __future__ import annotations
+
+import functools
 import hashlib
+import io
 import itertools
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+import soundfile
+
+from harmonic.audio import SAMPLE_RATE
+from pipelines.sources.base import Source, SourceRecording, natural_key
 
 VERSION = 1  # raise it when a change to the code below changes the audio
-SAMPLE_RATE = 16_000
 RECORDING_SECONDS = 8
 RECORDING_SAMPLES = RECORDING_SECONDS * SAMPLE_RATE
 DEFAULT_COUNT = 96
 
 
 class Instrument(NamedTuple):
-    """What the sound is made of; times in seconds, frequencies in Hz."""
+    """The constants of the sound; times in seconds, frequencies in Hz."""
 
     partials: int = 12
-    highest: float = 7000.0  # no partial above: clear of the Nyquist frequency at 8,000
-    stiffness: float = 2e-4  # partial n lies at n f0 sqrt(1 + stiffness n^2), as on a string
+    highest: float = 7000.0  # of any partial: clear of the Nyquist frequency at 8,000
+    stiffness: float = 2e-4  # partial n has the frequency n f0 sqrt(1 + stiffness n^2), as on a string
     brightness: float = 1.4  # partial n starts at n^-brightness
     decay: float = 0.8  # nepers a second, first partial of middle C
     decay_per_partial: float = 0.35  # higher partials fade faster, by this fraction each
@@ -49,7 +56,7 @@ class Instrument(NamedTuple):
 
 PIANO = Instrument()
 PEAK = 0.5  # of a recording
-FADE = 0.01  # seconds: a recording stops mid-note, but does not click
+FADE = 0.01  # seconds at the end, so that a recording that stops in a note does not click
 
 
 @dataclass(frozen=True)
@@ -242,7 +249,7 @@ CLIPS = 2  # of each tune in each key and tempo
 # Keys and tempi pair off diagonally, so that the first three variants have each of both once.
 VARIANTS = tuple((KEYS[i % 3], TEMPI[(i + i // 3) % 3]) for i in range(9))
 MAX_COUNT = len(VARIANTS) * CLIPS * len(TUNES)
-_SPLITS = {1: "validation", 2: "test"}  # these of every len(TUNES) places; the others train
+_SPLITS = {1: "validation", 2: "test"}  # by place among len(TUNES); all other places are train
 
 
 class Note(NamedTuple):
@@ -289,7 +296,7 @@ def _parse_voice(tune: str, voice: str) -> tuple[list[tuple[float, float, list[i
     return chords, [*bars, now]
 
 
-@cache
+@functools.cache
 def parse(tune: Tune) -> Score:
     """The score of a tune.
 
@@ -314,7 +321,7 @@ def parse(tune: Tune) -> Score:
     return Score(tuple(sorted(notes)), end, tuple(starts))
 
 
-@lru_cache(maxsize=256)  # some 30 MB; a recording uses about 30 notes
+@functools.lru_cache(maxsize=256)  # some 30 MB; a recording uses about 30 notes
 def note_wave(pitch: int, samples: int) -> np.ndarray:
     """A note held for `samples` samples, then damped: float64 [samples + release], read-only."""
     f0 = 440 * 2 ** ((pitch - 69) / 12)
@@ -324,8 +331,8 @@ def note_wave(pitch: int, samples: int) -> np.ndarray:
     decay = PIANO.decay * (f0 / 261.63) ** PIANO.decay_by_pitch
     nepers = decay * (1 + PIANO.decay_per_partial * (n - 1))
     rate = (2j * np.pi * hertz - nepers) / SAMPLE_RATE
-    # exp(rate t) with t = 256 a + b is an outer product: few exponentials. No matrix product: the
-    # last bits of those depend on the number of threads.
+    # exp(rate t) with t = 256 a + b is an outer product: few exponentials. Summed in a loop, since
+    # the last bits of a matrix product depend on the number of threads.
     release = round(PIANO.release * SAMPLE_RATE)
     length, block = samples + release, 256
     coarse = np.exp(np.outer(rate, np.arange(0, length, block)))
@@ -355,7 +362,7 @@ def render(
       tempo: beats a minute.
       transpose: semitones.
       start_beat: where to begin; notes that began earlier are left out.
-      seconds: how long to play, round and round; by default to the end, and until it has died away.
+      seconds: how long to play, repeating the tune; by default to its end, until the sound has died away.
     """
     if tempo <= 0:
         raise ValueError(f"tempo is {tempo}, must be positive")
@@ -379,7 +386,7 @@ def render(
 
 @dataclass(frozen=True)
 class SynthRecording:
-    """One recording to be: eight seconds of a tune from a bar line on, in a key, at a tempo."""
+    """What to render: eight seconds of a tune from a bar line on, in a key, at a tempo."""
 
     name: str  # "fur_elise_+5_121_03.wav": tune, semitones, beats a minute, which eight seconds
     split: str  # train, validation or test
@@ -406,7 +413,7 @@ def recordings(count: int | None = None) -> list[SynthRecording]:
         transpose, speed = VARIANTS[variant]
         tempo = round(tune.tempo * speed)
         score = parse(tune)
-        # Each variant goes on where the last one stopped, so that all of a long tune is heard.
+        # Each variant begins where the last one stopped, so that all of a long tune is played.
         number = variant * CLIPS + clip
         beat = number * RECORDING_SECONDS * tempo / 60 % score.beats
         start_beat = max(bar for bar in score.bars if bar <= beat)
@@ -424,12 +431,39 @@ def render_recording(recording: SynthRecording) -> np.ndarray:
     fade = round(FADE * SAMPLE_RATE)
     audio[-fade:] *= np.linspace(1, 0, fade, dtype=np.float32)
     audio *= PEAK / np.max(np.abs(audio))
-    # Mixed in float64 and rounded to 16 bits, so that a machine's last bits get lost on the way.
+    # Mixed in float64 and rounded to 16 bits, so that differences between machines' last bits vanish.
     return np.round(audio * 32768) / 32768
 
 
 def fingerprint() -> str:
-    """SHA-256, in hex, of all that determines the audio: tunes, instrument, variants, version."""
+    """SHA-256 in hexadecimal of everything that determines the audio: tunes, instrument, variants, version."""
     everything = [VERSION, SAMPLE_RATE, RECORDING_SECONDS, PIANO, PEAK, FADE, CLIPS, VARIANTS]
     text = json.dumps([*everything, [asdict(tune) for tune in TUNES]])
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+class SynthSource(Source):
+    """The demo's recordings: no files and no network."""
+
+    @functools.cached_property
+    def _recordings(self) -> dict[str, SynthRecording]:
+        return {recording.name: recording for recording in recordings()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def list(self) -> Sequence[SourceRecording]:
+        return [
+            SourceRecording(name, self._recordings[name].split, None, 4 * RECORDING_SAMPLES)
+            for name in sorted(self._recordings, key=natural_key)
+        ]
+
+    def open(self, recording: str) -> BinaryIO:
+        file = io.BytesIO()
+        waveform = render_recording(self._recordings[recording])
+        soundfile.write(file, waveform, SAMPLE_RATE, format="WAV", subtype="FLOAT")
+        file.seek(0)
+        return file
+
+    def fingerprint(self) -> str:
+        return fingerprint()

@@ -1,13 +1,14 @@
-"""Local worker processes, forked from one that has imported Beam.
+"""Local worker processes, forked from a server that has imported Beam.
 
-Importing Beam takes longer than preparing an hour of audio. A server imports it once, while the process that started it
-lists the recordings, and forks a worker each time that Beam asks for one. Beam asks by a shell command, which hands its
-environment on to the server by a local socket, and lives as long as the worker does.
+Importing Beam takes longer than preparing an hour of audio. The server imports it once, while the launcher lists the
+recordings, and forks a worker each time that Beam runs its shell command for one. The command sends its environment to
+the server through a local socket, and lives as long as the worker does.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import logging
 import os
@@ -21,6 +22,8 @@ import tempfile
 import threading
 import time
 from typing import NoReturn
+
+from pipelines.beam.loading import leave_out_unused
 
 _CLIENT = """
 import json, os, signal, socket, sys
@@ -38,18 +41,22 @@ finally:
         open(os.path.join(folder, "lost"), "w").close()
     os._exit(0)
 """
-# What Beam imports where it is there, for steps that are not used here.
-_UNUSED = ("google.cloud.bigquery", "google.cloud.pubsub", "pandas", "pymongo")
-_LONGEST_PATH = 60  # of a folder: sockets have 104 bytes for theirs
-_GRACE_SECONDS = 5.0  # for Beam to notice that a worker was lost
+_LONGEST_PATH = 60  # of the socket's folder: a socket's path has 104 bytes at most
+_GRACE_SECONDS = 5.0  # for Beam to notice a lost worker
 
 
 class LocalWorkers:
-    """The server, and its workers. A context manager, within which Beam is best imported at once.
+    """The server, and its workers. A context manager.
+
+    Args:
+      preload: the module that the server imports besides Beam, so that its workers have it.
 
     Attributes:
       command: the shell command that starts a worker.
     """
+
+    def __init__(self, preload: str):
+        self._preload = preload
 
     def __enter__(self) -> LocalWorkers:
         short = None if len(tempfile.gettempdir()) <= _LONGEST_PATH else "/tmp"
@@ -57,9 +64,9 @@ class LocalWorkers:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(os.path.join(self._folder.name, "socket"))
             listener.listen()
-            # The end of its standard input tells it and the workers that this process is gone, however it ended.
+            # When this process ends, in any way, the server and the workers see the end of their standard input.
             self._server = subprocess.Popen(
-                [sys.executable, "-c", f"from {__name__} import serve; serve({listener.fileno()})"],
+                [sys.executable, "-c", f"from {__name__} import serve; serve({listener.fileno()}, {self._preload!r})"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[listener.fileno()],
@@ -79,44 +86,42 @@ class LocalWorkers:
         self._folder.cleanup()
 
     def lost(self, wait: float = 0.0) -> bool:
-        """Whether a worker has ended before its time or could not begin, or does within `wait` seconds."""
+        """Whether a worker has died or could not start, now or within `wait` seconds."""
         until, mark = time.monotonic() + wait, os.path.join(self._folder.name, "lost")
         while not (found := os.path.exists(mark)) and time.monotonic() < until:
             time.sleep(0.05)
         return found
 
     def _watch(self) -> None:
-        """Beam waits for a worker for ever that has never begun."""
+        """Ends Beam's wait for a lost worker: it waits for ever for one that never started."""
         while not self._ended.wait(0.5):
             if self.lost():
                 if not self._ended.wait(_GRACE_SECONDS) and self._in_main_thread:
-                    os.kill(os.getpid(), signal.SIGINT)  # which alone ends a wait
+                    os.kill(os.getpid(), signal.SIGINT)  # nothing else ends the wait
                 return
 
 
-def leave_out_unused() -> None:
-    """Keeps Beam, before its first import in a process that is all ours, from importing what a local run does not use:
-    a third of the time."""
-    for name in _UNUSED:
-        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
+def serve(listener_fd: int, preload: str) -> None:
+    """Forks a worker for each connection, until the launcher is gone.
 
-
-def serve(listener_fd: int) -> None:
-    """Forks a worker for each connection, until the process that started this one is gone."""
+    Args:
+      listener_fd: descriptor of the listening socket.
+      preload: as for `LocalWorkers`.
+    """
     listener = socket.socket(fileno=listener_fd)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all: leave when the parent has
-    gc.disable()  # it would go over all that is being imported again and again
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes: end with the launcher instead
+    gc.disable()  # each collection would visit all that has been imported
     handler = logging.StreamHandler()
     handler.setLevel(logging.CRITICAL)
     logging.getLogger().addHandler(handler)
     leave_out_unused()
     import apache_beam.runners.worker.sdk_worker_main  # noqa: F401
 
-    import pipelines.transforms  # noqa: F401
+    importlib.import_module(preload)
 
     gc.freeze()
     gc.enable()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the workers
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no parent waits for the workers
     while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
         connection, _ = listener.accept()
         with connection:
@@ -133,13 +138,13 @@ def _work(connection: socket.socket) -> NoReturn:
         os.environ.update(json.loads(given))
         from apache_beam.runners.worker import sdk_worker_main
 
-        # To where Beam prints every error that it reports anyway, and gRPC, below Python, that it was told to end.
+        # Beam prints every error there that it also reports, and gRPC that it was told to end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
         sdk_worker_main.main([])
         connection.sendall(b"0")
     except BaseException:
         os._exit(1)
-    os._exit(0)  # not through the interpreter's end, where native modules tell of objects that an error left
+    os._exit(0)  # skips the interpreter's end, where native modules print about objects that an error has left
 
 
 def _leave_with_parent() -> NoReturn:

@@ -1,22 +1,18 @@
-"""Files on an HTTP server or in a cloud bucket, read by ranges.
+"""Remote files read by ranges: what all of them share, and those on HTTP servers.
 
-A remote file is pinned when it is first seen, by its size and its entity tag: a worker that later finds another one in
-its place stops, and does not mix two. A connection that drops, a slow answer, 429 and 5xx are tried again, where the
-last byte arrived; what does not pass by itself ends in a UserError, never in a file that looks shorter than it is.
+A remote file is pinned by its size and entity tag at the first look: a worker that later finds another file in its
+place stops, instead of mixing the two. After a dropped connection, a timeout, 429 or 5xx, reading is tried again from
+the last byte that arrived. All other failures end in a UserError, never in a file that looks shorter than it is.
 
-Requests, and not fsspec, speaks HTTP: fsspec's HTTP file system needs aiohttp, tries nothing again and pins nothing.
-fsspec, and not Beam's file systems, reads buckets: Beam's reader of gs:// fetches 16 MiB wherever it is asked for a
-few kilobytes, and Beam cannot list an hdfs:// folder with what is below it.
+HTTP goes through requests, not fsspec: fsspec's HTTP file system needs aiohttp, retries nothing and pins nothing.
 """
 
 from __future__ import annotations
 
 import abc
 import contextlib
-import dataclasses
 import email.utils
 import io
-import os
 import random
 import re
 import time
@@ -26,12 +22,11 @@ from typing import Any, BinaryIO, TypeVar
 
 from harmonic.errors import UserError, one_line
 
-CONNECT_SECONDS, READ_SECONDS = 10, 60  # before a silent server counts as gone
+CONNECT_SECONDS, READ_SECONDS = 10, 60  # of silence before a try has failed
 TRIES = 8  # without a single new byte
 FIRST_SECONDS, LONGEST_SECONDS = 0.5, 30.0  # between tries, doubled each time
-LONGEST_RETRY_AFTER = 300.0  # seconds that a server may ask for: the hub counts requests over five minutes
-WINDOW_BYTES = 1 << 16  # asked for at once where nothing is known of what will be read next
-_CLOUD_BYTES = 8 << 20  # of a bucket's object in memory
+LONGEST_RETRY_AFTER = 300.0  # seconds that a server may ask for: the hub limits requests over five minutes
+WINDOW_BYTES = 1 << 16  # of one request, unless `expect` has announced a longer read
 _BLOCK_BYTES = 1 << 20
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)
 
@@ -39,10 +34,10 @@ T = TypeVar("T")
 
 
 class Refused(Exception):
-    """A remote file cannot be had; the message is the reason.
+    """A remote file cannot be read; the message is the reason.
 
     Attributes:
-      status: of HTTP, or None where there was no answer.
+      status: of the HTTP answer, or None if there was none.
       headers: of the answer.
     """
 
@@ -53,7 +48,7 @@ class Refused(Exception):
 
 
 class Transient(Refused):
-    """It may be had if tried again, after as many seconds as the server asks for."""
+    """A failure that may pass: try again, after as many seconds as the server asks for."""
 
     @property
     def retry_after(self) -> float:
@@ -67,7 +62,7 @@ class Transient(Refused):
 
 
 def shown(source: str) -> str:
-    """A URL as messages and manifests may show it: without a password, and without a signature in its query."""
+    """A URL for messages and manifests: without a password, and without the query, which may hold a signature."""
     if "://" not in source:
         return source
     url = urllib.parse.urlsplit(source)
@@ -75,12 +70,12 @@ def shown(source: str) -> str:
 
 
 class RemoteFile(abc.ABC):
-    """Where a remote file lies, and what it was when it was first seen. Picklable, with no credentials but a URL's.
+    """A remote file, pinned at the first look. Picklable; it carries no credentials but those in a URL.
 
     Attributes:
       name: for messages.
       size: bytes; None before `pin`.
-      tag: what changes when the file does; None before `pin` or where the server says nothing.
+      tag: changes when the file does; None before `pin`, or if the server sends none.
     """
 
     name: str
@@ -89,33 +84,33 @@ class RemoteFile(abc.ABC):
 
     @abc.abstractmethod
     def pin(self, patient: bool = True) -> None:
-        """Looks at the file for the first time; once only if not `patient`. Raises Refused."""
+        """Takes the file's size and tag; without `patient`, nothing is tried twice. Raises Refused."""
 
     @abc.abstractmethod
     def fetch(self, start: int, end: int) -> BinaryIO:
-        """Bytes [start, end) as a stream, or fewer of them from `start` on. Raises Refused."""
+        """A stream of the bytes [start, end), perhaps without the last of them. Raises Refused."""
 
     def refusal(self, error: Refused) -> UserError:
-        """The line for a user."""
+        """The error as a line for the user."""
         return UserError(f"cannot read {self.name}: {error}{'; try again later' * isinstance(error, Transient)}")
 
     def changed(self) -> Refused:
         return Refused("it has changed since it was first looked at; run again")
 
     def open(self) -> RangeReader:
-        """A seekable file. Raises UserError, also when it is read."""
+        """A seekable file, whose methods raise UserError."""
         return RangeReader(self)
 
     def close(self) -> None:  # noqa: B027 - some keep nothing open
-        """Lets go of connections."""
+        """Closes connections."""
 
 
 class Patience:
     """Waits between tries, longer each time.
 
     Args:
-      tries: how many follow the first.
-      silent_tries: how many where there was no answer at all.
+      tries: how many may follow the first.
+      silent_tries: the same, where there was no answer at all.
     """
 
     def __init__(self, tries: int = TRIES, silent_tries: int = TRIES):
@@ -123,22 +118,22 @@ class Patience:
         self.restart()
 
     def restart(self) -> None:
-        """There was progress."""
+        """Resets the number of tries and the wait; call it when a byte has arrived."""
         self._made, self._seconds = 0, FIRST_SECONDS
 
     def wait(self, error: Transient) -> None:
-        """Raises the error if it was the last try."""
+        """Waits before the next try; raises the error if there is none left."""
         if self._made >= (self._silent_tries if error.status is None else self._tries):
             raise error
         self._made += 1
-        # Workers that failed together should not come back together.
+        # Workers that failed together must not all come back at the same moment.
         pause = self._seconds * random.uniform(0.75, 1.25)
         time.sleep(min(max(pause, error.retry_after), LONGEST_RETRY_AFTER))
         self._seconds = min(2 * self._seconds, LONGEST_SECONDS)
 
 
-def _first(call: Callable[[], T], patient: bool) -> T:
-    """The result of a first look. Who has no connection, or mistyped, does not wait for minutes."""
+def first_look(call: Callable[[], T], patient: bool) -> T:
+    """Calls until there is an answer. No answer at all, as after a typing mistake, is tried only once more."""
     patience = Patience(TRIES, 1) if patient else Patience(0, 0)
     while True:
         try:
@@ -148,7 +143,7 @@ def _first(call: Callable[[], T], patient: bool) -> T:
 
 
 class RangeReader(io.RawIOBase):
-    """A remote file as a seekable one. A read gives all that was asked for, but at the end of the file."""
+    """A remote file as a seekable local one. A read gives all that it is asked for, except at the file's end."""
 
     def __init__(self, file: RemoteFile):
         super().__init__()
@@ -160,7 +155,7 @@ class RangeReader(io.RawIOBase):
         self._body_position = self._body_end = 0
 
     def expect(self, end: int) -> None:
-        """All up to `end` is going to be read, in order: it is asked for in one request."""
+        """Announces that everything up to `end` will be read in order: it is then one request."""
         self._expected = min(end, self._size)
 
     def readable(self) -> bool:
@@ -180,7 +175,7 @@ class RangeReader(io.RawIOBase):
         return self._position
 
     def read(self, size: int | None = -1) -> bytes:
-        whole = io.BytesIO()  # which gives its bytes away without a copy
+        whole = io.BytesIO()  # getvalue() makes no copy
         for data in self._blocks(self._size if size is None or size < 0 else size):
             whole.write(data)
         return whole.getvalue()
@@ -195,7 +190,7 @@ class RangeReader(io.RawIOBase):
         return done
 
     def _blocks(self, size: int) -> Iterator[bytes]:
-        """The next bytes, as many of them as there are."""
+        """The next `size` bytes, or all up to the file's end."""
         end, patience = min(self._position + size, self._size), Patience()
         while self._position < end:
             try:
@@ -229,7 +224,7 @@ class RangeReader(io.RawIOBase):
     def _drop(self, broken: bool = False) -> None:
         if self._body is not None:
             body, self._body = self._body, None
-            # A little that is left is read, so that the connection can be used again.
+            # A short rest of the body is read, so that the connection can be used again.
             if not broken and self._body_end - self._body_position <= WINDOW_BYTES:
                 with contextlib.suppress(Transient):
                     while self._body_position < self._body_end:
@@ -256,7 +251,7 @@ def read_body(body: BinaryIO, size: int) -> bytes:
 
 
 def _system(error: BaseException) -> str:
-    """The system's word for an error; not the error's own text, which holds the URL with whatever it is signed by."""
+    """The operating system's reason, in brackets. The error's own text may not be shown: it holds a signed URL."""
     seen: BaseException | None = error
     found = ""
     for _ in range(20):
@@ -267,9 +262,9 @@ def _system(error: BaseException) -> str:
 
 
 class HttpFile(RemoteFile):
-    """A file on an HTTP server that serves ranges; credentials are those of the URL or of ~/.netrc."""
+    """A file on an HTTP server that serves ranges. Credentials are the URL's, or those of ~/.netrc."""
 
-    authorize: Callable[[Any], Any] | None = None  # adds others to a prepared request to `url` itself
+    authorize: Callable[[Any], Any] | None = None  # adds other credentials to a prepared request to `url`
 
     def __init__(self, url: str):
         self.url = url
@@ -288,13 +283,13 @@ class HttpFile(RemoteFile):
     def pin(self, patient: bool = True) -> None:
         def look() -> Any:
             response, _ = self._get(0, 1)
-            read_body(response.raw, 1)  # the connection is then used again
+            read_body(response.raw, 1)  # with its body read, the connection can be used again
             return response
 
-        response = _first(look, patient)
+        response = first_look(look, patient)
         self.size, self.tag = _total(response), self._tag_of(response)
         self.headers = response.headers
-        for answer in reversed(response.history):  # the first to name something counts
+        for answer in reversed(response.history):  # of redirections, the first to send a header wins
             self.headers.update(answer.headers)
 
     def fetch(self, start: int, end: int) -> BinaryIO:
@@ -304,20 +299,20 @@ class HttpFile(RemoteFile):
             response.close()
             raise self.changed()
         if response.history and _host(response.url) != _host(self.url):
-            # The hub sends to its storage: the next requests go there at once, until the leave in that address
-            # expires. That is half as many requests, and none that the hub counts.
+            # The hub redirects to its storage. The next requests go there directly until the signature in that URL
+            # expires: half as many requests, and none that the hub's rate limit counts.
             self._direct, self._direct_tag = response.url, response.headers.get("ETag")
         return response.raw
 
     def _tag_of(self, response: Any) -> str | None:
-        # The hub's own word for what it sends elsewhere: storage in another region may have other tags.
+        # The hub's own tag for a file that it redirects: storage in another region may have other tags.
         for answer in response.history:
             if linked := answer.headers.get("X-Linked-ETag"):
                 return str(linked)
         return response.headers.get("ETag") or response.headers.get("Last-Modified")
 
     def _get(self, start: int, end: int) -> tuple[Any, bool]:
-        """The answer to a request for bytes [start, end), its body not yet read, and whether it came from `_direct`."""
+        """The answer to a request for the bytes [start, end), its body unread, and whether it came from `_direct`."""
         import requests
 
         if self._session is None:
@@ -328,7 +323,7 @@ class HttpFile(RemoteFile):
             response = self._session.get(
                 direct or self.url,
                 headers={"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"},
-                auth=_as_it_is if direct else None,
+                auth=_without_credentials if direct else None,
                 stream=True,
                 timeout=(CONNECT_SECONDS, READ_SECONDS),
             )
@@ -363,7 +358,7 @@ class HttpFile(RemoteFile):
             raise Refused("the server does not serve parts of files; download it and give its path", status, headers)
         if status in _AGAIN:
             raise Transient(f"the server answers {status}", status, headers)
-        reason = {401: "it asks for credentials", 403: "it gives no leave to read", 404: "there is no such file"}
+        reason = {401: "it asks for credentials", 403: "it gives no permission to read", 404: "there is no such file"}
         raise Refused(f"{reason.get(status, 'the server will not give it')} ({status})", status, headers)
 
     def close(self) -> None:
@@ -372,8 +367,8 @@ class HttpFile(RemoteFile):
         self._reset()
 
 
-def _as_it_is(request: Any) -> Any:
-    """No credentials: a signed address needs none, and is not to get those of another."""
+def _without_credentials(request: Any) -> Any:
+    """Removes credentials: a signed URL needs none, and must not be sent those of another host."""
     request.headers.pop("Authorization", None)
     return request
 
@@ -385,86 +380,3 @@ def _host(url: str) -> str:
 def _total(response: Any) -> int | None:
     length = response.headers.get("Content-Range", "").rpartition("/")[2] or response.headers.get("Content-Length", "")
     return int(length) if length.isdigit() else None
-
-
-@dataclasses.dataclass
-class CloudFile(RemoteFile):
-    """An object of a bucket, or whatever else fsspec reaches (`gs://`, `s3://`, `az://`, `hdfs://`, ...)."""
-
-    url: str
-    size: int | None = None
-    tag: str | None = None
-
-    def __post_init__(self) -> None:
-        self.name = shown(self.url)
-        self._opened: tuple[Any, str] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_opened": None}
-
-    def pin(self, patient: bool = True) -> None:
-        info = _first(self._info, patient)
-        if info["type"] != "file":
-            raise Refused("it is not a file")
-        self.size, self.tag = int(info["size"]), cloud_tag(info)
-
-    def fetch(self, start: int, end: int) -> BinaryIO:
-        if self._opened is None:
-            info = self._info()
-            if (int(info["size"]), cloud_tag(info)) != (self.size, self.tag):
-                raise self.changed()
-        assert self._opened is not None
-        files, path = self._opened
-        end = min(end, start + _CLOUD_BYTES)
-        with cloud_errors():
-            data = files.cat_file(path, start=start, end=end)
-        if len(data) > end - start:
-            raise Refused("more arrives than was asked for")
-        return io.BytesIO(data)
-
-    def _info(self) -> dict[str, Any]:
-        files, path = file_system(self.url)
-        with cloud_errors():
-            info: dict[str, Any] = files.info(path)
-        self._opened = files, path
-        return info
-
-
-def cloud_tag(info: dict[str, Any]) -> str:
-    """What changes when an object does, out of what fsspec tells of it."""
-    names = ("generation", "etag", "ETag", "mtime", "LastModified", "last_modified", "created")
-    return next((str(info[name]) for name in names if info.get(name)), "")
-
-
-def file_system(url: str) -> tuple[Any, str]:
-    """fsspec's file system of a URL, and the path in it.
-
-    Raises:
-      UserError: fsspec does not know it, or its extra is missing.
-    """
-    import fsspec
-
-    # gcsfs would first ask another service over gRPC what kind a bucket is of, for minutes where that is not allowed.
-    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-    try:
-        files, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
-    except ImportError as error:
-        extra = {"gs": "gcp", "gcs": "gcp", "s3": "aws"}.get(url.split("://")[0])
-        what = f"pip install 'harmonic-rnn[{extra}]'" if extra else one_line(error)
-        raise UserError(f"{shown(url)} needs a package that is not here: {what}") from error
-    except ValueError as error:
-        raise UserError(f"{shown(url)} is of no known file system; give gs://, s3://, https://, or a path") from error
-    return files, path
-
-
-@contextlib.contextmanager
-def cloud_errors() -> Iterator[None]:
-    """Turns what goes wrong in a bucket into Refused, or into Transient where that is not known."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise Refused("there is no such file", 404) from error
-    except Exception as error:
-        if isinstance(error, PermissionError) or getattr(error, "code", None) in (401, 403):
-            raise Refused("there is no leave to read it; log in, or give the workers' account leave", 403) from error
-        raise Transient(one_line(error) or type(error).__name__) from error
