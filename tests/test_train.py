@@ -100,6 +100,13 @@ def test_sigkill_is_invisible(tiny_data, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, state, expected)
 
 
+def test_a_step_with_an_implicit_transfer_is_refused(tiny_data, tmp_path, monkeypatch):
+    """Everything that a step takes is placed where it belongs before it is called."""
+    monkeypatch.setattr(training, "place_step", lambda step, mesh: np.int32(step))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+        training.train(config(), tiny_data, tmp_path / "run")
+
+
 def test_a_finished_run_is_left_alone_and_can_be_prolonged(tiny_data, tmp_path):
     workdir = tmp_path / "run"
     training.train(config("train.steps=2"), tiny_data, workdir)
