@@ -78,7 +78,7 @@ def run(main: Callable[[], None]) -> None:
     the signal's number for a run that was stopped.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's own chatter
-    # Sigmoids and gelus take half the time in vectors of 512 bits; XLA prefers 256. The user's flags come last, and win.
+    # Sigmoids and gelus take half the time in vectors of 512 bits; XLA prefers 256. The user's flags come last and win.
     os.environ["XLA_FLAGS"] = f"--xla_cpu_prefer_vector_width=512 {os.environ.get('XLA_FLAGS', '')}".strip()
     import jax
 
