@@ -27,7 +27,7 @@ def load(path_or_hub_id: str | os.PathLike[str], revision: str | None = None) ->
       revision: branch, tag or commit on the hub.
 
     Raises:
-      harmonic.errors.UserError: no such model, no permission to read it, or files that are damaged or of another model.
+      harmonic.errors.UserError: there is no such model, no permission to read it, or its files are damaged.
     """
     from harmonic import pretrained
 

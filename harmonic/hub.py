@@ -1,6 +1,6 @@
-"""Models on the Hugging Face hub: fetched into its cache, pushed with the user's token; one line where that fails.
+"""Models on the Hugging Face hub: fetched into its cache, pushed with the user's token; a failure is one line.
 
-huggingface_hub does the work: `HF_TOKEN` or `hf auth login`, `HF_HOME`, `HF_ENDPOINT`, `HF_HUB_OFFLINE` hold as ever.
+huggingface_hub does the work, and reads `HF_TOKEN` or `hf auth login`, `HF_HOME`, `HF_ENDPOINT` and `HF_HUB_OFFLINE`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 
 def fetch(repo: str, files: Sequence[str], revision: str | None = None) -> Path:
-    """The folder of the cache that holds `files` of a model repository, all of one commit; no other file is fetched.
+    """Fetches `files` of a model repository, all of one commit and no others; the folder of the cache that holds them.
 
     Raises:
-      UserError: no such repository or revision, no permission to read it, no connection.
+      UserError: there is no such repository or revision, no permission to read it, or no connection.
     """
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(files)))
@@ -41,15 +41,15 @@ def fetch(repo: str, files: Sequence[str], revision: str | None = None) -> Path:
 
 
 def cache_folder(repo: str) -> Path:
-    """Where the cache keeps a model repository."""
+    """The folder of the cache for a model repository."""
     return Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
 
 
 def check_push(repo: str) -> None:
-    """Refuses what `push` would refuse without asking the hub: a name that cannot be, or no token.
+    """Refuses what `push` would refuse before it asks the hub.
 
     Raises:
-      UserError: names what is missing.
+      UserError: the name is impossible, or there is no token.
     """
     try:
         validate_repo_id(repo)
@@ -65,22 +65,22 @@ def check_push(repo: str) -> None:
 
 
 def push(folder: Path, repo: str, files: Sequence[str], *, private: bool = False, overwrite: bool = False) -> str:
-    """Uploads `files` of `folder` in one commit; the repository is made if there is none. Stale samples are removed.
+    """Uploads `files` of `folder` in one commit, and removes older samples. Makes the repository if there is none.
 
     Args:
-      private: make it private; one that exists must be private already.
-      overwrite: also where the repository holds a model that is not ours.
+      private: make the repository private; one that exists must be private already.
+      overwrite: replace a model in the repository that is no HarmonicRNN export.
 
     Returns:
       The commit's address.
 
     Raises:
-      UserError: no token, no permission to write, no connection, or the repository holds another model.
+      UserError: there is no token, no permission to write or no connection, or the repository holds another model.
     """
     check_push(repo)
     api = HfApi()
     try:
-        # Left out, an account's own default holds.
+        # None leaves the account's own default.
         api.create_repo(repo, exist_ok=True, private=private or None)
         info = api.model_info(repo)
         if private and not info.private:
@@ -99,7 +99,7 @@ def push(folder: Path, repo: str, files: Sequence[str], *, private: bool = False
         )
     except _FAILURES as error:
         raise _explained(error, repo, "write to") from error
-    except ValueError as error:  # the card's front matter, which the hub checks, or an answer that is none of the hub's
+    except ValueError as error:  # the hub checks the card's front matter; or the answer is not the hub's
         said = " ".join(str(error).split())[:300]
         mend = "; is --license one that the hub knows?" if "metadata" in said else ""
         raise UserError(f"{_page(repo)} does not take it: {said}{mend}") from error
@@ -114,7 +114,7 @@ def _is_ours(repo: str) -> bool:
 
 
 def is_export(raw: object) -> bool:
-    """Whether that is the content of an export's config.json, of any version."""
+    """Whether the content of a config.json is that of an export, of any version."""
     return isinstance(raw, dict) and raw.get("library_name") == "harmonic-rnn" and "config" in raw
 
 
@@ -123,14 +123,14 @@ def _page(repo: str) -> str:
 
 
 def _explained(error: Exception, repo: str, verb: str, revision: str | None = None) -> UserError:
-    """What to do about a failure, in one line. Requests and their headers are not quoted: there are tokens in them."""
+    """The line for a failure. It never quotes requests or their headers: they hold tokens."""
     page = _page(repo)
     if isinstance(error, HfHubHTTPError):
         status, said = error.response.status_code, error.response.headers.get("x-error-message", "")
         if "Invalid credentials" in said or "Invalid user token" in said:
             return UserError(f"{page} does not know the token that it was given; {_LOG_IN} again")
         if isinstance(error, GatedRepoError):
-            return UserError(f"{page} asks for leave to {verb}: accept its terms there, then {_LOG_IN}")
+            return UserError(f"{page} needs permission to {verb}: accept its terms there, then {_LOG_IN}")
         if isinstance(error, RevisionNotFoundError):
             return UserError(f"{page} has no revision {revision!r}; give a branch, a tag or a commit of it")
         if isinstance(error, RepositoryNotFoundError) or status in (401, 404):
@@ -138,7 +138,7 @@ def _explained(error: Exception, repo: str, verb: str, revision: str | None = No
             what = what if verb == "read" else f"no model {page} that may be written to"
             return UserError(f"there is {what} ({status}); check the name, or {_LOG_IN}")
         if status == 403:
-            return UserError(f"the token gives no leave to {verb} {page} (403); take one that does: {_LOG_IN}")
+            return UserError(f"the token gives no permission to {verb} {page} (403); take one that does: {_LOG_IN}")
         detail = f" ({re.sub(r'[^ -~]', ' ', said)[:200]})" if said else ""
         return UserError(f"{page} answers with status {status}{detail}; try again later")
     if constants.HF_HUB_OFFLINE:

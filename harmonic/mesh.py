@@ -21,10 +21,10 @@ ROWS = P(DATA)  # [batch]
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh of a config, over an equal part of every process's devices.
+    """The mesh of a config, with an equal number of devices from every process.
 
     Raises:
-      UserError: it asks for more devices than there are, or for a part of the processes, or cuts across them.
+      UserError: the mesh needs more devices than there are, leaves out a process, or cuts across processes.
     """
     processes, devices, wanted = jax.process_count(), jax.devices(), config.data * config.seq
     asked = f"mesh.data={config.data} x mesh.seq={config.seq} asks for {wanted} devices"
@@ -71,7 +71,7 @@ def sequence_axis(mesh: Mesh) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What a process holds of a batch: part i of n along each axis.
+    """The part of a batch that a process holds: part i of n along each axis.
 
     Attributes:
       rows: (i, n): rows i, i + n, ... of the batch.
@@ -83,10 +83,10 @@ class Part:
 
 
 def process_part(mesh: Mesh) -> Part:
-    """What this process holds.
+    """The part of this process.
 
     Raises:
-      UserError: the devices of a process are not a rectangle of the mesh, or not of the others' size.
+      UserError: the devices of a process are no rectangle of the mesh, or the rectangles differ in size.
     """
     owners = np.array([d.process_index for d in mesh.devices.flat]).reshape(mesh.devices.shape)
     first, sizes = {}, set()
@@ -108,10 +108,10 @@ def process_part(mesh: Mesh) -> Part:
 
 
 class Agreement:
-    """The largest of the numbers that the processes give, the same in all of them at the same call.
+    """The maximum over all processes of an int: how they agree on a stop signal at the same step.
 
-    In one process that is its own number, at once. Over several, a call dispatches the maximum and returns that of the
-    call before: no step waits for it.
+    With several processes a call starts the reduction and returns the previous call's result, so that no step waits
+    for it. A single process gets its own number back at once.
     """
 
     def __init__(self, mesh: Mesh):
@@ -121,7 +121,7 @@ class Agreement:
         self._before: jax.Array | None = None
 
     def __call__(self, number: int, *, wait: bool = False) -> int:
-        """The maximum of the call before (0 at first); with `wait`, of this one."""
+        """The maximum of the previous call (0 at first); with `wait`, of this call."""
         if not self._several:
             return number
         mine = np.full(1, number, np.int32)

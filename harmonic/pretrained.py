@@ -41,12 +41,11 @@ class Pretrained:
     """A trained model.
 
     Attributes:
-      model, params: for `model.apply(params, ...)`.
+      model, params: the model and its parameters, as `model.init` names them.
       config: the run's.
       sample_rate: Hz.
-      loudness: LUFS that its recordings were brought to, all on one scale; None where each was scaled to its own
-        minimum and maximum.
-      about: what else an export's config.json says (`weights`, `data`); empty for a run's folder.
+      loudness: of its recordings in LUFS; None where each was scaled to its own minimum and maximum.
+      about: `weights` and `data` of an export's config.json; empty for a run's folder.
     """
 
     model: Model
@@ -126,7 +125,7 @@ class Pretrained:
 
 
 def load(path_or_hub_id: str | os.PathLike[str], revision: str | None = None) -> Pretrained:
-    """A model that generates; see `harmonic.load`."""
+    """See `harmonic.load`."""
     folder, name = Path(path_or_hub_id).expanduser(), str(path_or_hub_id)
     if folder.is_dir():
         if revision is not None:
@@ -159,14 +158,14 @@ def _load_run(workdir: Path) -> Pretrained:
 
 
 def read_export(folder: Path, *, again: str = "export it again") -> Pretrained:
-    """Reads an export, and checks it: format, names, shapes and types against its config, checksum, finiteness.
+    """Reads an export, and checks its format, checksum and finiteness, and names, shapes and types against its config.
 
     Args:
-      folder: of `config.json` and `model.safetensors`.
-      again: what to do about damaged files.
+      folder: with `config.json` and `model.safetensors`.
+      again: the way out if a file is damaged.
 
     Raises:
-      UserError: says what differs.
+      UserError: names what differs.
     """
     about, config = read_config(folder / CONFIG)
     model = models.make(config.model, config.data.num_levels)
@@ -180,10 +179,10 @@ def _read_config(path: Path) -> Any:
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], Config]:
-    """An export's config.json: (all of it, the run's config within).
+    """Reads an export's config.json: (all of it, the run's config in it).
 
     Raises:
-      UserError: it is something else, of another version, or has values that cannot be.
+      UserError: the file is something else, of another version, or has impossible values.
     """
     raw = _read_config(path)
     if not hub.is_export(raw):
@@ -209,7 +208,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], Config]:
 
 
 def flatten(params: Any) -> dict[str, Any]:
-    """Parameters, or their shapes, by the names that they have in model.safetensors."""
+    """Parameters, or their shapes, by their names in model.safetensors."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 

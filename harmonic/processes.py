@@ -1,7 +1,7 @@
-"""The processes of a run, each with devices of its own: how they join, what they tell one another, and how they end.
+"""The processes of a run, each with its own devices: how they join, exchange text, and end.
 
-Anything that is not an array goes through the store of JAX's coordinator, which runs in process 0. A process that has
-died is noticed by its silence: the collectives of the others would wait for it forever.
+Text goes through the key-value store of JAX's coordinator, a thread of process 0. A watchdog notices the silence of a
+process that is gone: the collectives of the others would wait for it forever.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from jax._src import cloud_tpu_init, distributed  # the store of the coordinator
 
 from harmonic.errors import UserError
 
-_SCHEDULERS = {  # JAX's name: what is there in a started task; the number of tasks, the first that is there; the index
+_SCHEDULERS = {  # JAX's name: a variable of a started task; of the number of tasks, the first one set; of the index
     "slurm": ("SLURM_STEP_NODELIST", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), "SLURM_PROCID"),
     "ompi": ("OMPI_COMM_WORLD_SIZE", ("OMPI_COMM_WORLD_SIZE",), "OMPI_COMM_WORLD_RANK"),
 }
 _ALIVE, _GONE = "harmonic/alive/", "harmonic/gone"
 _SILENCE = 20.0  # seconds without a sign of life after which a process counts as gone
-_GRACE = 2.0  # seconds for a process to say itself what is wrong, once another one has left with an error
+_GRACE = 2.0  # seconds in which a process may report its own error, once another process has ended with one
 
 _CONTINUES = "so this one ends too; the same command goes on from the last checkpoint"
 _ending = threading.Event()  # set when this process is about to end
@@ -45,19 +45,19 @@ def initialise(
     *,
     timeout: int = 60,
 ) -> None:
-    """Joins the processes of a run, before anything else is done with JAX. For mains.
+    """Joins the processes of a run. Mains call it before anything else uses JAX.
 
-    By what is given; else as the scheduler's environment has it (SLURM, Open MPI), or a TPU's. Where there is none of
-    these, or a single task, nothing happens.
+    Without arguments the environment of a scheduler (SLURM, Open MPI) or of a TPU decides. Without these, or for a
+    single task, nothing happens.
 
     Args:
       coordinator_address: host:port that process 0 serves and the others reach.
-      num_processes: of the run.
-      process_index: of this one, from 0; like num_processes, the scheduler's where it is not given.
-      timeout: seconds within which all must have come; after that the process ends with an error.
+      num_processes: of the run; by default the scheduler's number of tasks.
+      process_index: of this process, from 0; by default the scheduler's.
+      timeout: seconds within which all processes must have joined; after them the process ends with an error.
 
     Raises:
-      UserError: a part is missing, or impossible, or the coordinator cannot be served.
+      UserError: an argument is missing or impossible, or the coordinator cannot be served.
     """
     global _watchdog
     scheduler, count, index = _scheduled()
@@ -86,8 +86,8 @@ def initialise(
         options = {}
     else:
         return
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
-    # JAX would abort with a stack trace, some seconds after a timeout of its own.
+    jax.config.update("jax_enable_preemption_service", False)  # that service would take over SIGTERM
+    # A timer, as JAX aborts with a stack trace some seconds after its own timeout.
     late = threading.Timer(
         timeout,
         _end,
@@ -102,7 +102,7 @@ def initialise(
         jax.distributed.initialize(**options, initialization_timeout=timeout + 60)
     except (RuntimeError, ValueError, OSError) as error:
         if not options:
-            return  # a TPU that is no part of a group
+            return  # a single TPU host
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"the processes cannot be joined ({reason}); give --coordinator_address, --num_processes and "
@@ -113,14 +113,14 @@ def initialise(
     index, count = current()
     if count > 1:
         _silence_gloo()
-        # Not by signal.signal: Python's own handlers run too late for this.
+        # Not by signal.signal: Python runs its handlers only after abort() has ended the process.
         ctypes.CDLL(None).signal(signal.SIGABRT, _aborting)
         _watchdog = threading.Thread(target=_watch, args=(_client(), index, count), daemon=True)
         _watchdog.start()
 
 
 def _scheduled() -> tuple[str | None, int | None, int | None]:
-    """(JAX's name of the scheduler, number of processes, index of this one) where it has started several."""
+    """(JAX's name of the scheduler, number of processes, index of this one) if it has started several."""
     for name, (sign, counts, index) in _SCHEDULERS.items():
         count = next((os.environ[c] for c in counts if os.environ.get(c)), "1")
         if sign in os.environ and count.isdigit() and int(count) > 1 and os.environ.get(index, "").isdigit():
@@ -129,7 +129,7 @@ def _scheduled() -> tuple[str | None, int | None, int | None]:
 
 
 def _silence_gloo() -> None:
-    """Gloo tells of its connections on standard output, where results go: on CPU only Python writes there from now."""
+    """On CPU, lets only Python write to standard output: Gloo prints its connections there, among the results."""
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
@@ -150,7 +150,7 @@ def _client() -> Any:
 
 
 def gather(text: str) -> list[str]:
-    """What each process gives, in their order. All of them call it, and wait for the last, however long that takes."""
+    """The texts of all processes, by index. Every process must call it; each waits for the last, without a limit."""
     index, count = current()
     if count == 1:
         return [text]
@@ -177,7 +177,7 @@ def check_same(values: dict[str, Any]) -> None:
 
 
 def _get(client: Any, key: str) -> str:
-    while True:  # in short turns, so that signals are seen meanwhile
+    while True:  # in short turns: Python handles signals between them
         try:
             return client.blocking_key_value_get(key, 1_000)
         except jax.errors.JaxRuntimeError as error:
@@ -186,7 +186,7 @@ def _get(client: Any, key: str) -> str:
 
 
 def finish() -> None:
-    """Ends what the processes do together, when all have come to it. Process 0 may go on alone."""
+    """Waits for all processes, and disconnects them. Process 0 may continue alone."""
     if current()[1] > 1:
         gather("")
         _ending.set()
@@ -196,30 +196,30 @@ def finish() -> None:
 
 
 def leave(status: int) -> None:
-    """Ends this process; where there are others they are told, and not waited for."""
+    """Ends this process with an exit status. Other processes are told of it, and not waited for."""
     index, count = current()
     if count == 1:
         sys.exit(status)
     _ending.set()
     sys.stdout.flush()
     client = _client()
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first
         client.key_value_set(_GONE, str(index))
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # they all leave together, or one leaves alone
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # all end together, or this one alone
         client.wait_at_barrier("harmonic/leave", round((_GRACE + 1) * 1_000))
     if index == 0:
-        time.sleep(0.5)  # the coordinator goes with it, and those who still need it would abort
+        time.sleep(0.5)  # the coordinator ends with process 0, and processes that still need it abort
     os._exit(status)
 
 
 def await_watchdog() -> None:
-    """After an error in a collective: ends this process if that is because another one is gone, else returns."""
+    """Call after an error in a collective: ends this process if the cause is a process that is gone, else returns."""
     if _watchdog is not None:
         _watchdog.join(_SILENCE + 10)
 
 
 def _watch(client: Any, index: int, count: int) -> None:
-    """Gives signs of life, and ends this process when another one is gone; process 0 looks out for those."""
+    """Sends signs of life, and ends this process when another one is gone. Process 0 notices who is silent."""
     last = {f"{_ALIVE}{i}": ("", time.monotonic()) for i in range(count)}
     for beat in itertools.count():
         try:
@@ -233,7 +233,7 @@ def _watch(client: Any, index: int, count: int) -> None:
             gone = client.blocking_key_value_get(_GONE, 1_000)
             _ending.wait(_GRACE)
         except jax.errors.JaxRuntimeError as error:
-            gone = "" if "DEADLINE_EXCEEDED" in str(error) else "0"  # with which the coordinator is gone
+            gone = "" if "DEADLINE_EXCEEDED" in str(error) else "0"  # the coordinator is gone, and with it process 0
         if _ending.is_set():
             return
         if gone:
@@ -242,7 +242,7 @@ def _watch(client: Any, index: int, count: int) -> None:
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _aborting(_: int) -> None:
-    """JAX aborts when the coordinator is gone, often before Python hears of it: then the reason is said at least."""
+    """Prints why, when JAX aborts: it does so when the coordinator is gone, often before the watchdog notices."""
     host, port = str(distributed.global_state.coordinator_address).rsplit(":", 1)
     try:
         socket.create_connection((host.strip("[]"), int(port)), 1).close()
@@ -251,6 +251,6 @@ def _aborting(_: int) -> None:
 
 
 def _end(message: str) -> None:
-    _last_words.acquire()  # for ever, in all threads but the first
+    _last_words.acquire()  # only the first thread gets past this line
     os.write(2, f"error: {message}\n".encode())
     os._exit(2)

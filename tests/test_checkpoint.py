@@ -1,5 +1,8 @@
 """Which checkpoints stay."""
 
+import logging
+import sys
+
 import jax.numpy as jnp
 import pytest
 
@@ -26,3 +29,16 @@ def test_checkpoints_of_an_earlier_version_are_left_alone(tmp_path):
     with pytest.raises(UserError, match=r"checkpoints \[1, 2\] in .* have no checksums\.txt: an earlier version"):
         Checkpoints(tmp_path)
     assert (tmp_path / "checkpoints" / "1" / "params").is_dir() and (tmp_path / "checkpoints" / "2").is_dir()
+
+
+def test_the_callers_loggers_and_hooks_stay_as_they_were(tmp_path):
+    before = {name: logging.getLogger(name).level for name in ("absl", "asyncio", "orbax")}
+    hook = sys.unraisablehook
+    checkpoints = Checkpoints(tmp_path)
+    items = {name: {"weight": jnp.ones(3)} for name in ("params", "ema", "optimizer")}
+    checkpoints.save(1, items, {"step": 1}, None)
+    assert checkpoints.meta(1) == {"step": 1}
+    with pytest.raises(UserError, match=r"checkpoint 9 in .* cannot be read"):
+        checkpoints.meta(9)
+    checkpoints.close()
+    assert {name: logging.getLogger(name).level for name in before} == before and sys.unraisablehook is hook

@@ -1,5 +1,6 @@
 """Several processes: laws 3, 5 and 6 over them, and what goes wrong. Real processes over loopback."""
 
+import json
 import re
 import signal
 import subprocess
@@ -150,6 +151,16 @@ def test_a_single_process_is_left_alone(monkeypatch):
     processes.initialise()
     processes.initialise("here:1", 1, 0)
     assert processes.current() == (0, 1) and processes.gather("x") == ["x"]
+
+
+def test_values_that_differ_are_named(monkeypatch):
+    ours = {"seed": 0, "sizes": (1, 2)}
+    texts = [json.dumps(ours), json.dumps({**ours, "seed": 3})]
+    monkeypatch.setattr(processes, "gather", lambda text: [text, texts[0]])
+    processes.check_same(ours)
+    monkeypatch.setattr(processes, "gather", lambda text: [text, *texts])
+    with pytest.raises(UserError, match=r"process 2 was started with .*: seed is 3 there and 0 in process 0"):
+        processes.check_same(ours)
 
 
 @pytest.mark.parametrize(

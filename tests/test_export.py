@@ -27,6 +27,7 @@ from harmonic.checkpoint import Checkpoints, model_description
 from harmonic.errors import UserError
 from harmonic.export import export_run
 from harmonic.model_card import public_command, public_source
+from harmonic.models import make
 from harmonic.run import Run
 from harmonic.step import init_state
 
@@ -38,7 +39,7 @@ def make_run(tiny_data, tmp_path_factory):
     ours = config("generate.temperature=0.9")
     untrained = jax.jit(lambda: init_state(ours, make(ours.model)))()._asdict()
 
-    def make(change=lambda state: state, step=7):
+    def folder_of(change=lambda state: state, step=7):
         folder = tmp_path_factory.mktemp("run")
         (folder / "config.json").write_text(ours.to_json())
         shutil.copy(tiny_data / "manifest.json", folder)
@@ -47,7 +48,7 @@ def make_run(tiny_data, tmp_path_factory):
         checkpoints.close()
         return folder
 
-    return make
+    return folder_of
 
 
 @pytest.fixture(scope="module")

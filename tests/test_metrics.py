@@ -21,8 +21,8 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 from tiny import config, final_state
 
+from harmonic import metrics, voice
 from harmonic import train as training
-from harmonic import voice
 from harmonic.errors import UserError
 from harmonic.metrics import MetricsWriter, read_metrics
 
@@ -166,6 +166,27 @@ def test_weights_and_biases_offline(tiny_data, tmp_path):
         assert name.encode() in files[0].read_bytes(), name
     media = [path.suffix for path in (workdir / "wandb").rglob("media/**/*") if path.is_file()]
     assert media.count(".wav") == media.count(".png") == 2 * 2  # two samples, at steps 2 and 3
+
+
+def test_speed_counts_only_time_in_steps(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
+    speed = metrics.Throughput()
+
+    def steps(seconds, samples):
+        clock[0] += seconds
+        speed.add(samples)
+
+    steps(2, 100)
+    with speed.paused():
+        clock[0] += 1_000  # validation
+    steps(3, 150)
+    assert speed.rate() == 50
+    with pytest.raises(KeyboardInterrupt), speed.paused():
+        clock[0] += 1_000
+        raise KeyboardInterrupt
+    steps(1, 70)
+    assert speed.rate() == 70
 
 
 def test_only_the_first_process_writes(tmp_path):

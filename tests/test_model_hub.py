@@ -64,8 +64,8 @@ def test_what_the_hub_refuses(the_hub, monkeypatch):
     assert "that may be read (404)" in refused(hub.fetch, "a/none", WANTED)
     for status, code, said, line in (
         (401, "", "Invalid credentials in Authorization header", "does not know the token"),
-        (403, "GatedRepo", "", "asks for leave to read: accept its terms"),
-        (403, "", "", "the token gives no leave to read"),
+        (403, "GatedRepo", "", "needs permission to read: accept its terms"),
+        (403, "", "", "the token gives no permission to read"),
         (500, "", "out of order", "answers with status 500 (out of order); try again later"),
     ):
         the_hub.status, the_hub.code, the_hub.said = status, code, said
@@ -94,7 +94,7 @@ def test_who_may_push(the_hub, folder, monkeypatch):
         assert "write USER/NAME" in refused(hub.check_push, name)
     assert "there is no token to push to a/b with; log in with `hf auth login`" in refused(hub.check_push, "a/b")
     monkeypatch.setenv("HF_TOKEN", "hf_reads_secret")
-    assert "the token gives no leave to write to" in refused(hub.push, folder, "a/b", [*FILES])
+    assert "the token gives no permission to write to" in refused(hub.push, folder, "a/b", [*FILES])
     monkeypatch.setenv("HF_TOKEN", "hf_forgotten_secret")
     assert "does not know the token" in refused(hub.push, folder, "a/b", [*FILES])
     assert not the_hub.repos

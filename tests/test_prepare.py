@@ -254,6 +254,7 @@ def test_trimming_and_loudness(tmp_path):
 
 def test_a_prompt_is_scaled_as_the_recordings_are(tmp_path):
     """By its own extremes, or to their loudness: as a prompt, a recording has the tokens that it was prepared to."""
+    from harmonic.audio import read_audio
     from harmonic.data import Dataset
     from harmonic.voice import Codec
 
@@ -263,7 +264,9 @@ def test_a_prompt_is_scaled_as_the_recordings_are(tmp_path):
         build.prepare(spec)
         split = Dataset(spec.folder).split("train")
         path = str(source / split.recordings[0].id)
-        np.testing.assert_array_equal(Codec.of(split.manifest).prompt(path), split.read(0))
+        codec = Codec.of(split.manifest)
+        np.testing.assert_array_equal(codec.prompt(path), split.read(0))
+        np.testing.assert_array_equal(codec.prompt(read_audio(path)[0]), split.read(0))
 
 
 # The config of one's own.

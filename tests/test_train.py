@@ -1,5 +1,6 @@
 """Training: law 5, resumption, and what is refused."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -164,3 +165,45 @@ def test_batches_as_they_are_placed(tiny_data):
     placed = training.place_batch(batch, ours, make_mesh(ours.mesh))
     assert placed["tokens"].shape == (6, 4, 96, 1)
     np.testing.assert_array_equal(np.asarray(placed["tokens"]).swapaxes(0, 1).reshape(4, -1, 1), batch["tokens"])
+
+
+def test_without_lines_little_is_kept(tiny_data, tmp_path, reference_run, monkeypatch):
+    """train.log_every=0: a single line, with the mean of all losses; the device never keeps many steps' metrics."""
+    held = []
+    take = training.Reached.take
+    monkeypatch.setattr(training, "_PENDING", 4)
+    monkeypatch.setattr(training.Reached, "take", lambda self, steps: held.append(len(steps)) or take(self, steps))
+    training.train(config("train.log_every=0", "train.checkpoint_every=0"), tiny_data, tmp_path / "run")
+    assert max(held) <= 4 and sum(held) == 6
+    (line,) = (line for line in read_metrics(tmp_path / "run") if line["kind"] == "train")
+    losses = [line["loss"] for line in read_metrics(reference_run) if line["kind"] == "train"]
+    assert line["step"] == 6 and line["loss"] == np.mean(losses)
+
+
+def test_a_run_goes_on_from_a_checkpoint_with_a_list_of_losses():
+    """As they were written before only the sum was kept."""
+    meta = {"step": 14, "best": 8.1, "best_step": 10, "seconds": 33.4, "data": {"next_index": 14}, "model": {}}
+    reached = training.Reached.from_meta({**meta, "window": [7.5, 8.5]})
+    assert (reached.step, reached.best, reached.data) == (14, 8.1, {"next_index": 14})
+    assert reached.mean_loss() == 8 and reached.mean_loss() is None
+    written = dataclasses.asdict(dataclasses.replace(reached, loss_sum=3.0, loss_count=2))
+    assert training.Reached.from_meta({**written, "model": {}}).mean_loss() == 1.5
+
+
+def test_an_evaluator_of_ones_own(tiny_data, tmp_path, reference_run):
+    """It looks at the averaged weights, its figures become lines, and training takes no notice."""
+    seen = {}
+
+    class Largest:
+        name, every = "weights", 4
+
+        def __call__(self, model, params, step, writer):
+            seen[step] = params
+            return {"largest": max(float(abs(v).max()) for v in jax.tree.leaves(params))}
+
+    workdir = tmp_path / "run"
+    training.train(config(), tiny_data, workdir, evaluators=[Largest()])
+    lines = [line for line in read_metrics(workdir) if line["kind"] == "weights"]
+    assert [line["step"] for line in lines] == list(seen) == [4, 6] and all(line["largest"] > 0 for line in lines)
+    jax.tree.map(np.testing.assert_array_equal, seen[6], Run(workdir).weights("latest").params)
+    jax.tree.map(np.testing.assert_array_equal, final_state(workdir)[1], final_state(reference_run)[1])

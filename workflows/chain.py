@@ -27,7 +27,7 @@ def _versions() -> dict[str, str]:
 
 
 def prepare_data(config: Config, data_dir: Path, source: str | None = None) -> Manifest:
-    """A config's data set, prepared unless it is whole already."""
+    """Prepares a config's data set, unless it is whole already."""
     return prepare(
         PrepareSpec(
             dataset=config.data.dataset,

@@ -1,4 +1,4 @@
-"""What the workflows' command lines share: flags, and errors that a user can read."""
+"""The parts that the workflows' mains share: flags, and errors as one line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ flags.DEFINE_string("data_dir", "data", "the folder that holds prepared data set
 
 
 def config_from_flags(default: str = "demo") -> Config:
-    """The config that --config and --set describe."""
+    """The config of --config with the changes of --set."""
     return override(load_config(FLAGS.config or default), FLAGS.set)
 
 
@@ -43,15 +43,15 @@ def data_folder(dataset: str) -> Path:
 
 
 def define_process_flags() -> None:
-    """Flags of the mains that run as several processes; SLURM, Open MPI and TPUs need none of them."""
+    """Defines the flags of mains that run as several processes. SLURM, Open MPI and TPUs need none of them."""
     flags.DEFINE_string("coordinator_address", None, "host:port of process 0, where several processes run")
     flags.DEFINE_integer("num_processes", None, "number of processes", lower_bound=1)
-    flags.DEFINE_integer("process_index", None, "which of them this is, from 0", lower_bound=0)
-    flags.DEFINE_integer("initialization_timeout", 60, "seconds within which all must have come", lower_bound=1)
+    flags.DEFINE_integer("process_index", None, "index of this process, from 0", lower_bound=0)
+    flags.DEFINE_integer("initialization_timeout", 60, "seconds for all processes to join", lower_bound=1)
 
 
 def join_processes() -> bool:
-    """Joins the run's processes, if there are several; true in the first, which does what is not done together."""
+    """Joins the run's processes, if there are several. True in the first, which does the work that is not shared."""
     from harmonic import processes
 
     processes.initialise(
@@ -61,7 +61,7 @@ def join_processes() -> bool:
 
 
 def command(workflow: str) -> str:
-    """The command line that was given, to be pasted again."""
+    """The command line that the user gave, ready to be pasted."""
     return shlex.join(["python", "-m", f"workflows.{workflow}", *sys.argv[1:]])
 
 
@@ -72,13 +72,19 @@ def _print_unraisable(unraisable: Any) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a main, and turns what a user can mend into one line on standard error.
+    """Runs a main, and turns errors that a user can mend into one line on standard error.
 
     Exit status: 0, also for --help; 2 for a wrong flag, value, file or folder, or another process that is gone; 128 +
     the signal's number for a run that was stopped.
     """
+<<<<<<< HEAD
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's own chatter
     # Sigmoids and gelus take half the time in vectors of 512 bits; XLA prefers 256. The user's flags come last and win.
+=======
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides XLA's log
+    # Sigmoids and gelus take half the time in vectors of 512 bits; XLA prefers 256. The user's own flags come last, so
+    # that they win.
+>>>>>>> main
     os.environ["XLA_FLAGS"] = f"--xla_cpu_prefer_vector_width=512 {os.environ.get('XLA_FLAGS', '')}".strip()
     import jax
 

@@ -1,7 +1,7 @@
 """Likelihood of a run over a whole split, every sample once.
 
 python -m workflows.evaluate --workdir=runs/sc09 --split=test
-python -m workflows.evaluate --workdir=runs/piano --context=1,8,60    # what context is worth, in seconds
+python -m workflows.evaluate --workdir=runs/piano --context=1,8,60    # what context is worth: pieces of so many seconds
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _SPLIT = flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "wh
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best (on validation), latest, or a step")
 _RAW = flags.DEFINE_bool("raw_weights", False, "evaluate the raw weights instead of their average")
 _RESET = flags.DEFINE_integer(
-    "reset_every", 0, "forget the past every that many samples: windowed figures", lower_bound=0
+    "reset_every", 0, "forget the past every so many samples, for windowed figures", lower_bound=0
 )
 _CONTEXT = flags.DEFINE_list(
     "context",
     [],
-    "what context is worth: also cut recordings into pieces of that many seconds, for each of a list such as 1,8,60; "
-    "whole recordings (full) always come along. The same command goes on where it was interrupted",
+    "also evaluate recordings cut into pieces of so many seconds, for each of a list such as 1,8,60, to see what "
+    "context is worth; whole recordings (full) are always included. The same command continues after an interruption",
 )
 flags.adopt_module_key_flags(cli)
 

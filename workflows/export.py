@@ -23,12 +23,12 @@ _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best (on validation), l
 _RAW = flags.DEFINE_bool("raw", False, "the raw weights instead of their running average")
 _SAMPLES = flags.DEFINE_integer("num_samples", 2, "sample WAVs beside the card", lower_bound=0, upper_bound=100)
 _SECONDS = flags.DEFINE_float("seconds", 1.0, "length of each")
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "write also where something else than an export stands")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "write into a folder, or a repository, that holds something else")
 flags.adopt_module_key_flags(cli)
 
 
 def main() -> None:
-    """Exports, and prints what there is now."""
+    """Exports, and prints the files."""
     if cli.FLAGS.config or cli.FLAGS.set:
         raise UserError("a run is exported with its own config: give --workdir alone")
     if _PRIVATE.value and not _PUSH.value:

@@ -3,8 +3,8 @@
     python -m workflows.full_run
     python -m workflows.full_run --config=sc09_small --source=sc09.zip
 
-Each stage is skipped when its output is already whole: a run that was interrupted anywhere continues with the same
-command. Several processes train together; the first one alone runs the other stages, while the rest wait, and end.
+A stage is skipped when its output is already whole: the same command continues a run that was interrupted anywhere.
+Several processes train together; the first one alone does the stages before and after, and the others wait, and end.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ flags.adopt_module_key_flags(cli)
 
 
 def main() -> None:
-    """Runs every stage that is not whole yet."""
+    """Runs every stage whose output is not whole."""
     lead = cli.join_processes()
     config = cli.config_from_flags()
     workdir = cli.workdir_from_flags(config)

@@ -1,9 +1,9 @@
-"""Runs a main as several CPU processes on this machine, which reach one another over loopback.
+"""Runs a main as several CPU processes on this machine, connected over loopback.
 
     python -m workflows.launch --processes=2 --devices_per_process=4 -- \
       workflows.train --config=demo --set=mesh.data=2 --set=mesh.seq=4
 
-Process 0 writes to this terminal; what the others write is marked with their index.
+Process 0 writes to this terminal; lines of the others are marked with their index.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from absl import app, flags
 _PROCESSES = flags.DEFINE_integer("processes", 2, "how many", lower_bound=1)
 _DEVICES = flags.DEFINE_integer("devices_per_process", 1, "CPU devices of each", lower_bound=1)
 
-_GRACE = 10.0  # seconds that the others have to end by themselves once one has failed, and again once they are told to
+_GRACE = 10.0  # seconds for the others to end by themselves when one has failed, and again after they are told to end
 
 
 def launch(command: list[str], processes: int, devices: int) -> int:
@@ -30,11 +30,11 @@ def launch(command: list[str], processes: int, devices: int) -> int:
 
     Args:
       command: a module and its flags.
-      processes: how many.
-      devices: CPU devices of each.
+      processes: their number.
+      devices: CPU devices of each process.
 
     Returns:
-      An exit status: 0, 128 + the number of the signal that this process was sent, or that of the first one to fail.
+      An exit status: 0, 128 + the number of the signal that this process got, or that of the first process to fail.
     """
     flag = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": flag.strip()}
@@ -55,13 +55,13 @@ def launch(command: list[str], processes: int, devices: int) -> int:
         send(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, forward)  # and the children start with the default, even where it was ignored here
+        signal.signal(number, forward)  # the children start with the default, even if it was ignored here
     for index in range(processes):
         children.append(
             subprocess.Popen(
                 [sys.executable, "-m", *command, *group, str(index)],
                 env=environment,
-                process_group=0,  # a terminal's Ctrl-C comes through here, once
+                process_group=0,  # a terminal's Ctrl-C reaches only this process, which forwards it once
                 stdout=subprocess.PIPE if index else None,
                 stderr=subprocess.STDOUT if index else None,
             )
