@@ -256,7 +256,8 @@ def _update_function(sizes: Sizes, classes: int, settings: Settings) -> Callable
             return loss, (after, (logits.argmax(-1) == labels).sum())
 
         (loss, (stats, right)), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
-        changes, memory = optimizer.update(gradients, state["optimizer"], params)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to its int32 count of updates
+            changes, memory = optimizer.update(gradients, state["optimizer"], params)
         weights = {"params": optax.apply_updates(params, changes), "stats": stats}
         decay = jnp.minimum(settings.ema_decay, (1 + step) / (10 + step))  # the initial weights soon lose their share
         ema = optax.incremental_update(weights, state["ema"], 1 - decay)
@@ -278,9 +279,9 @@ def augment(images: jax.Array, key: jax.Array) -> jax.Array:
     def one(image, frame, band, begin, length):
         at = jnp.arange(SIZE)
         rows, columns = at - band, at - frame
-        inside = ((rows >= 0) & (rows < SIZE))[:, None] & ((columns >= 0) & (columns < SIZE))
+        inside = ((rows >= 0) & (rows < SIZE))[:, None] & ((columns >= 0) & (columns < SIZE))[None]
         moved = jnp.where(inside, image[rows % SIZE][:, columns % SIZE], _SILENCE)
-        return jnp.where((at >= begin) & (at < begin + length), _SILENCE, moved)
+        return jnp.where(((at >= begin) & (at < begin + length))[None], _SILENCE, moved)
 
     moved = jax.vmap(one)(images, frames, bands, begin, length)
     return jnp.clip(moved + noise, _SILENCE, 0)
