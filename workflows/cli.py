@@ -77,14 +77,9 @@ def run(main: Callable[[], None]) -> None:
     Exit status: 0, also for --help; 2 for a wrong flag, value, file or folder, or another process that is gone; 128 +
     the signal's number for a run that was stopped.
     """
-<<<<<<< HEAD
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's own chatter
-    # Sigmoids and gelus take half the time in vectors of 512 bits; XLA prefers 256. The user's flags come last and win.
-=======
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides XLA's log
     # Sigmoids and gelus take half the time in vectors of 512 bits; XLA prefers 256. The user's own flags come last, so
     # that they win.
->>>>>>> main
     os.environ["XLA_FLAGS"] = f"--xla_cpu_prefer_vector_width=512 {os.environ.get('XLA_FLAGS', '')}".strip()
     import jax
 
