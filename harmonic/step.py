@@ -145,7 +145,7 @@ def make_train_step(model: Model, config: Config, mesh: Mesh) -> jax.stages.Wrap
             updates, adam = optimizer.update(grads, state.optimizer["adam"], state.params)
         params = optax.apply_updates(state.params, updates)
         count = state.optimizer["updates"] + 1
-        weight = 1 - train.ema_decay
+        weight: jax.Array | float = 1 - train.ema_decay
         if train.ema_debias:
             weight = weight / (1 - jax.lax.pow(jnp.float32(train.ema_decay), count))
         ema = jax.tree.map(lambda old, new: old + (weight * (new - old)).astype(old.dtype), state.ema, params)

@@ -181,10 +181,10 @@ def _train(
         shown, speed = reached.step, Throughput()
         while reached.step < settings.steps and not (stop := agreed(max(caught, default=0))):
             host_batch = next(batches)
-            with jax.profiler.StepTraceAnnotation("train", step_num=reached.step):
-                batch, number = place_batch(host_batch, config, mesh), place_step(reached.step, mesh)
-                with jax.transfer_guard("disallow"):
-                    state, metrics = step_function(state, batch, key, number)
+            batch, number = place_batch(host_batch, config, mesh), place_step(reached.step, mesh)
+            # An implicit transfer would make every step wait for the one before.
+            with jax.profiler.StepTraceAnnotation("train", step_num=reached.step), jax.transfer_guard("disallow"):
+                state, metrics = step_function(state, batch, key, number)
             step = reached.step = reached.step + 1
             pending.append(metrics)
             speed.add(int(host_batch["length"].sum()) * part.rows[1])  # other processes' rows are about as long

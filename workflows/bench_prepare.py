@@ -125,7 +125,7 @@ class RawSplit:
 
     def __init__(self, split: Split, path: Path):
         self.manifest: Manifest = split.manifest
-        self.name, self.lengths = split.name, split.lengths
+        self.name, self.lengths, self.label_numbers = split.name, split.lengths, split.label_numbers
         self._dtype = np.dtype(self.manifest.token_dtype)
         self._width = self._dtype.itemsize * self.manifest.channels
         self._first = np.concatenate([[0], np.cumsum(split.lengths)]) * self._width
