@@ -46,9 +46,6 @@ def assert_same(actual, expected, tolerance):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * float(np.abs(b).max()))
 
 
-PRECISIONS = [(jnp.float32, 1e-5), (jnp.float64, 1e-10)]
-
-
 def test_segments_that_are_sharded(x64):
     params, batch = parameters(jnp.float64), random_batch(1, 4, 96)
     key = jnp.array([3, 4], jnp.uint32)
