@@ -53,7 +53,7 @@ def _segment_function(model: Model) -> Callable[..., tuple[jax.Array, Any]]:
     def segment(params, tokens, labels, left, state):
         """Nats of each row, [batch]; `left` is how many of its samples are still to come."""
         outputs, state = model.apply(model.prepare(params), {"tokens": tokens, "label": labels}, state)
-        mask = jnp.arange(tokens.shape[1])[None] < left[:, None]
+        mask = jnp.arange(tokens.shape[1], dtype=left.dtype)[None] < left[:, None]
         return -jnp.where(mask, model.log_prob(outputs, tokens), 0).sum(1), state
 
     return segment

@@ -161,14 +161,14 @@ class Model(Protocol):
             chunk = number * (per_segment // self.multiple)
             segment_rng = None if rng is None else rng._replace(chunk=rng.chunk + chunk)
             outputs, state = self.apply(weights, {"tokens": piece, **conditions}, state, rng=segment_rng, axis=axis)
-            position = number * per_segment + shard * local + jnp.arange(local)
+            position = number * per_segment + shard * local + jnp.arange(local, dtype=jnp.int32)
             mask = position[None] < lengths[:, None]
             return state, -jnp.where(mask, self.log_prob(outputs, piece), 0).sum()
 
         state = self.init_state(batch, jax.tree.leaves(weights)[0].dtype)
         if segments == 1:
             return body(state, (tokens[0], jnp.int32(0)))[1]
-        _, nats = jax.lax.scan(jax.checkpoint(body), state, (tokens, jnp.arange(segments)))
+        _, nats = jax.lax.scan(jax.checkpoint(body), state, (tokens, jnp.arange(segments, dtype=jnp.int32)))
         return nats.sum()
 
     def sampler(self) -> Sampler:

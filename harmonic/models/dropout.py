@@ -35,7 +35,7 @@ def dropout(x: jax.Array, rate: float, rng: Dropout | None, block: jax.Array | i
     # A hash of (words, block, example, chunk, place) rather than threefry: the masks are made twice a step, and took
     # 10 % of the paper model's step and a third of its compile time where they now take 4 %.
     place = jnp.arange(per_chunk * width, dtype=jnp.uint32)
-    chunks = (rng.chunk + jnp.arange(time // per_chunk)).astype(jnp.uint32)
+    chunks = (rng.chunk + jnp.arange(time // per_chunk, dtype=jnp.int32)).astype(jnp.uint32)
     key = _mix(rng.words[0] ^ _mix(rng.words[1] + jnp.asarray(block).astype(jnp.uint32)))
     key = _mix(key + _mix(rng.examples.astype(jnp.uint32))[:, None])
     key = _mix(key + _mix(chunks ^ jnp.uint32(0x9E3779B9))[None])
