@@ -232,7 +232,9 @@ class Config:
         check(batch % data == 0, "train.global_batch_size", batch, f"a multiple of mesh.data={data}")
         parts = self.train.accumulate
         check(batch // data % parts == 0, "train.accumulate", parts, f"a divisor of a device's {batch // data} windows")
-        multiple = self.model.multiple * self.mesh.seq
+        seq, kind = self.mesh.seq, self.model.kind
+        check(seq == 1 or self.model.shardable, "mesh.seq", seq, f"1: a {kind} model cannot be cut over time")
+        multiple = self.model.multiple * seq
         segment = self.train.segment_length
         check(
             segment % multiple == 0,

@@ -95,7 +95,10 @@ def test_a_program_that_does_not_fit_is_not_run(monkeypatch):
 def test_the_plain_model_is_the_model(x64, recurrence, dtype, tolerance):
     """What training is compared with has the same loss and gradients, dropout on."""
     tokens = jax.random.randint(jax.random.key(1), (1, 3, 24, 1), 0, 256)
-    batch, words = batch_of(tokens, jnp.array([24, 17, 0]), jnp.arange(3)), jnp.array([3, 4], jnp.uint32)
+    batch, words = (
+        batch_of(tokens, jnp.array([24, 17, 0], jnp.int32), jnp.arange(3, dtype=jnp.int32)),
+        jnp.array([3, 4], jnp.uint32),
+    )
     both = models.make(MODEL), models.plain(MODEL, variant=recurrence)
     (loss, grads), plain = (
         jax.jit(make_loss_and_grad(m, make_mesh(MeshConfig())))(parameters(dtype), batch, words) for m in both

@@ -82,7 +82,7 @@ def test_paths_exist(path):
 
 
 # What commands write, or what the guides tell a reader to write.
-WRITTEN = {"config.py", "model.py", "checkpoints/", "samples/", "README.md", "my_config.py", "exports/"}
+WRITTEN = {"tensorboard/", "config.py", "model.py", "checkpoints/", "samples/", "README.md", "my_config.py", "exports/"}
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name)

@@ -14,7 +14,7 @@ from tiny import config as tiny_config
 from harmonic import hlo
 from harmonic import mesh as meshes
 from harmonic.config import Config, MeshConfig, override
-from harmonic.describe import communication, sent
+from harmonic.describe import communication
 from harmonic.mesh import make_mesh
 from harmonic.models import make
 from harmonic.models.harmonic_rnn.config import ModelConfig
@@ -314,4 +314,4 @@ def test_a_whole_training_step_sends_no_more_than_its_gradient():
     state = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=replicated), state)
     lowered = make_train_step(model, ours, mesh).lower(state, batch, jax.random.key(0), np.int32(0))
     foretold = communication(ours)
-    assert sent(lowered.compile(), ours) == {k: foretold[k] for k in SUMS}
+    assert hlo.sent(lowered.compile(), ours.segments[0]) == {k: foretold[k] for k in SUMS}

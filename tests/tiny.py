@@ -5,12 +5,10 @@ import jax
 from harmonic.checkpoint import Checkpoints
 from harmonic.config import Config, override
 from harmonic.models import make
-from harmonic.models.harmonic_rnn.config import ModelConfig
+from harmonic.models.harmonic_rnn.config import SMALL
 from harmonic.step import init_state
 
-MODEL = ModelConfig(
-    width=8, state_width=16, gate_blocks=4, pool_factors=(2, 3), blocks_per_level=1, pool_groups=2, dropout=0.2
-)
+MODEL = SMALL
 
 
 def config(*assignments):

@@ -12,7 +12,7 @@ class About:
 
     Attributes:
       name: for people to read, as in a model card.
-      summary: what it is, in words that follow "HarmonicRNN is".
+      summary: what it is, in words that follow its name and "is".
       arxiv: its paper's number there; empty for a model without one.
     """
 
@@ -35,6 +35,8 @@ class ModelConfig:
     free: ClassVar[tuple[str, ...]] = ()
     # Fields that decide no parameter: weights may be read with others.
     not_in_architecture: ClassVar[tuple[str, ...]] = ()
+    # Whether a sequence may be cut over devices. A recurrence that is not linear must run in order.
+    shardable: ClassVar[bool] = True
 
     @property
     def multiple(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -105,6 +106,6 @@ class Costs:
     exchanges: tuple[Exchange, ...]
 
 
-def rounded(counts: dict[str, float]) -> dict[str, int]:
+def rounded(counts: Mapping[str, float]) -> dict[str, int]:
     """Operations by kind as whole numbers, with their total."""
     return {**{kind: round(n) for kind, n in counts.items()}, "total": round(sum(counts.values()))}

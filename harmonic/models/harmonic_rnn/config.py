@@ -99,3 +99,8 @@ REDUCED = config.Reduced(
     ModelConfig(width=32, state_width=64, pool_factors=(4, 4), blocks_per_level=2, pool_groups=1, dropout=0.0),
     trained_per_minute=3_900_000,
 )
+
+# For the tests of the laws: every part of the model, in seconds.
+SMALL = ModelConfig(
+    width=8, state_width=16, gate_blocks=4, pool_factors=(2, 3), blocks_per_level=1, pool_groups=2, dropout=0.2
+)
