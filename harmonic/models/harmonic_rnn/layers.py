@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from harmonic.kernels import Pair
+from harmonic.kernels.dense import EPSILON
 from harmonic.models.harmonic_rnn.config import ModelConfig
 
 GATE_EXPONENT = 8.0
@@ -28,9 +29,15 @@ def residual_initializer(scale: float):
     return nnx.initializers.variance_scaling(scale, "fan_in", "normal")
 
 
-def layer_norm(width: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm whose variance is the mean of the squared deviations."""
-    return nnx.LayerNorm(width, use_fast_variance=False, rngs=rngs)
+class LayerNorm(nnx.LayerNorm):
+    """Flax's parameters, and the equation in the type of x: Flax's own call promotes types implicitly."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
+        assert self.scale is not None and self.bias is not None
+        centred = x - x.mean(-1, keepdims=True)
+        y = centred * jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + EPSILON)
+        shape = (1,) * (x.ndim - 1) + (-1,)
+        return y * self.scale.get_value().reshape(shape) + self.bias.get_value().reshape(shape)
 
 
 class BlockDiagonal(nnx.Module):
@@ -90,7 +97,7 @@ class TemporalBlock(nnx.Module):
 
     def __init__(self, config: ModelConfig, residual_scale: float, *, rngs: nnx.Rngs):
         width = config.width
-        self.norm = layer_norm(width, rngs)
+        self.norm = LayerNorm(width, rngs=rngs)
         self.recurrence = CGLRU(config, rngs=rngs)
         self.gate = nnx.Linear(width, width, rngs=rngs)
         self.last = nnx.Linear(width, width, kernel_init=residual_initializer(residual_scale), rngs=rngs)
@@ -107,7 +114,7 @@ class MLPBlock(nnx.Module):
 
     def __init__(self, config: ModelConfig, residual_scale: float, *, rngs: nnx.Rngs):
         width, inner = config.width, 2 * config.width
-        self.norm = layer_norm(width, rngs)
+        self.norm = LayerNorm(width, rngs=rngs)
         self.up = nnx.Linear(width, inner, rngs=rngs)
         self.gate = nnx.Linear(width, inner, rngs=rngs)
         self.last = nnx.Linear(inner, width, kernel_init=residual_initializer(residual_scale), rngs=rngs)
@@ -207,7 +214,7 @@ class Head(nnx.Module):
     """LayerNorm and a dense layer to logits."""
 
     def __init__(self, config: ModelConfig, num_levels: int, *, rngs: nnx.Rngs):
-        self.norm = layer_norm(config.width, rngs)
+        self.norm = LayerNorm(config.width, rngs=rngs)
         self.dense = nnx.Linear(config.width, num_levels, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
