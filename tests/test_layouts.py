@@ -6,7 +6,8 @@ import io
 import re
 
 import pytest
-from prepared import TWO_PROCESSES, read_folder, wav, write_folder, write_zip
+from archives import wav, write_folder, write_zip
+from prepared import TWO_PROCESSES, read_folder
 
 from harmonic import records
 from harmonic.errors import UserError
