@@ -35,6 +35,7 @@ __all__ = [
     "GenerateConfig",
     "MeshConfig",
     "ModelConfig",  # noqa: F822 (made by __getattr__, for configs that people have)
+    "Stage",
     "TrainConfig",
     "config_names",
     "from_dict",
@@ -80,15 +81,40 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stage:
+    """Another size of training windows, from a step on. The optimiser, its rate and the average go on.
+
+    Attributes:
+      start: the first step (from 0) that takes these windows.
+      window_length: samples of a window, a whole multiple of the model's.
+      global_batch_size: windows a step.
+    """
+
+    start: int
+    window_length: int
+    global_batch_size: int
+
+    def __post_init__(self) -> None:
+        for name in ("start", "window_length", "global_batch_size"):
+            check(getattr(self, name) >= 1, f"train.stages: {name}", getattr(self, name), "at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """The recipe. Defaults are the paper's but for `steps`, which depends on the data set.
 
     Attributes:
       steps: optimiser steps.
       global_batch_size: windows a step, over all devices.
-      learning_rate: AdamW's, reached after `warmup_steps` and constant from there.
+      stages: other windows and batches from later steps on; () for one size from the first step to the last.
+      optimizer: adamw (all parameters), or muon for the matrices that the model names and AdamW for the rest.
+      learning_rate: AdamW's at its highest, reached after `warmup_steps`.
+      muon_scale: Muon's learning rate over AdamW's.
+      schedule: what the rates do after warm-up: constant, or a fall to zero at the last step, linear or as a cosine.
+      decay_start: the share of the steps after which they fall.
       warmup_steps: steps of linear warm-up.
-      weight_decay, beta1, beta2: AdamW's.
+      weight_decay: of both optimisers.
+      beta1, beta2: AdamW's.
       clip_norm: the gradient (of bits per sample) is scaled down to this norm.
       skip_norm: an update is skipped when the loss is not finite or the norm is not below this.
       ema_decay: of the average of the weights that is evaluated and sampled; 0 takes the raw weights.
@@ -106,7 +132,12 @@ class TrainConfig:
 
     steps: int = 100_000
     global_batch_size: int = 32
+    stages: tuple[Stage, ...] = ()
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 0.002
+    muon_scale: float = 3.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    decay_start: float = 0.5
     warmup_steps: int = 1_000
     weight_decay: float = 1e-4
     beta1: float = 0.9
@@ -128,10 +159,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch_size", "accumulate"):
             check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
-        for name in ("learning_rate", "clip_norm", "skip_norm"):
+        for name in ("learning_rate", "muon_scale", "clip_norm", "skip_norm"):
             value = getattr(self, name)
             check(math.isfinite(value) and value > 0, f"train.{name}", value, "above 0")
-        for name in ("beta1", "beta2", "ema_decay"):
+        for name in ("beta1", "beta2", "ema_decay", "decay_start"):
             check(0 <= getattr(self, name) < 1, f"train.{name}", getattr(self, name), "at least 0 and below 1")
         for name in (
             "warmup_steps",
@@ -144,6 +175,8 @@ class TrainConfig:
             "sample_every",
         ):
             check(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "at least 0")
+        starts = [stage.start for stage in self.stages]
+        check(starts == sorted(set(starts)), "train.stages", starts, "stages that each start after the one before")
         check(0.01 <= self.sample_seconds < math.inf, "train.sample_seconds", self.sample_seconds, "at least 0.01")
         project = self.wandb_project
         check(not set(project) & set("/\\#?%: \n"), "train.wandb_project", project, "a project's plain name, or empty")
@@ -228,10 +261,14 @@ class Config:
     def __post_init__(self) -> None:
         check(bool(self.name) and "/" not in self.name, "name", self.name, "a plain name")
         check(0 <= self.seed < 2**31, "seed", self.seed, "between 0 and 2**31 - 1")
-        batch, data = self.train.global_batch_size, self.mesh.data
-        check(batch % data == 0, "train.global_batch_size", batch, f"a multiple of mesh.data={data}")
-        parts = self.train.accumulate
-        check(batch // data % parts == 0, "train.accumulate", parts, f"a divisor of a device's {batch // data} windows")
+        data, parts = self.mesh.data, self.train.accumulate
+        for batch, where in [
+            (self.train.global_batch_size, "train.global_batch_size"),
+            *((stage.global_batch_size, "train.stages: global_batch_size") for stage in self.train.stages),
+        ]:
+            check(batch % data == 0, where, batch, f"a multiple of mesh.data={data}")
+            rows = batch // data
+            check(rows % parts == 0, "train.accumulate", parts, f"a divisor of a device's {rows} windows")
         seq, kind = self.mesh.seq, self.model.kind
         check(seq == 1 or self.model.shardable, "mesh.seq", seq, f"1: a {kind} model cannot be cut over time")
         multiple = self.model.multiple * seq
@@ -243,6 +280,31 @@ class Config:
             f"a multiple of {multiple} (the model's multiple {self.model.multiple} x mesh.seq={self.mesh.seq}), "
             f"such as {-(-max(segment, 1) // multiple) * multiple}, or 0 for whole windows",
         )
+        for stage in self.train.stages:
+            window = stage.window_length
+            check(
+                window % multiple == 0,
+                "train.stages: window_length",
+                window,
+                f"a multiple of {multiple} (the model's multiple {self.model.multiple} x mesh.seq={seq}), such as "
+                f"{-(-window // multiple) * multiple}",
+            )
+
+    def at(self, step: int) -> Config:
+        """The config with the windows and the batch of a step, and without stages.
+
+        Each stage reads the data in an order of its own: it has another `seed`, which is that of the data alone.
+        """
+        number = sum(stage.start <= step for stage in self.train.stages)
+        if not number:
+            return dataclasses.replace(self, train=dataclasses.replace(self.train, stages=()))
+        stage = self.train.stages[number - 1]
+        return dataclasses.replace(
+            self,
+            data=dataclasses.replace(self.data, window_length=stage.window_length),
+            train=dataclasses.replace(self.train, global_batch_size=stage.global_batch_size, stages=()),
+            seed=(self.seed + number) % 2**31,
+        )
 
     @property
     def training_length(self) -> int:
@@ -253,7 +315,8 @@ class Config:
     def segments(self) -> tuple[int, int]:
         """(number, length) of the segments that a training window is padded to and cut into."""
         multiple = self.model.multiple * self.mesh.seq
-        length = self.train.segment_length or -(-self.training_length // multiple) * multiple
+        whole = -(-self.training_length // multiple) * multiple
+        length = min(self.train.segment_length or whole, whole)
         return -(-self.training_length // length), length
 
     def to_json(self) -> str:
@@ -283,6 +346,12 @@ def _build(cls: type[T], raw: object, prefix: str) -> T:
             values[name] = _build(cast(type, hints[name]), value, f"{prefix}{name}.")
         else:
             values[name] = _coerce(hints[name], value, f"{prefix}{name}")
+    needed = [
+        f.name for f in dataclasses.fields(cast(Any, cls)) if f.default is f.default_factory is dataclasses.MISSING
+    ]
+    missing = [name for name in needed if name not in values]
+    if missing:
+        raise UserError(f"{prefix.rstrip('.')} lacks {', '.join(missing)}; an entry has {', '.join(hints)}")
     return cls(**values)
 
 
@@ -307,6 +376,8 @@ def _coerce(kind: Any, value: object, path: str) -> Any:
         return value
     elif origin is tuple:
         items = value if isinstance(value, (list, tuple)) else (value,)
+        if dataclasses.is_dataclass(args[0]):
+            return tuple(_build(cast(type, args[0]), item, f"{path}.") for item in items)
         return tuple(_coerce(args[0], item, path) for item in items)
     elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         with contextlib.suppress(OverflowError):  # whole numbers have no largest

@@ -175,14 +175,19 @@ class Throughput:
         speed.rate()  # since the last call
 
     Steps are dispatched ahead of the device: wait for them before `paused`, or their time is lost in the pause.
+
+    Attributes:
+      total: samples so far.
     """
 
     def __init__(self) -> None:
+        self.total = 0
         self._samples, self._seconds, self._since = 0, 0.0, time.monotonic()
 
     def add(self, samples: int) -> None:
         """Counts the samples of a step."""
         self._samples += samples
+        self.total += samples
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -209,7 +214,7 @@ class Progress:
       total: units in all.
       initial: units that an earlier run has done.
       unit: what is counted.
-      rate_unit, rate_scale: the unit of the rate that is shown, such as samples, and how many of them a unit is worth.
+      rate_unit: what the rate that is shown counts, such as samples.
       stream: where it is shown; standard error if not given.
     """
 
@@ -221,21 +226,21 @@ class Progress:
         initial: int = 0,
         unit: str = "step",
         rate_unit: str = "samples",
-        rate_scale: float = 1.0,
         stream: TextIO | None = None,
     ):
         self._stream = stream or sys.stderr
         self._title, self._total, self._initial, self._done, self._unit = title, total, initial, initial, unit
-        self._rate_unit, self._rate_scale = rate_unit, rate_scale
+        self._rate_unit, self._counted = rate_unit, 0
         self._start = self._last_line = time.monotonic()
         self._note = ""
         self._bar = None
         if self._stream.isatty():
             self._bar = tqdm(total=total, initial=initial, desc=title, unit=unit, file=self._stream, dynamic_ncols=True)
 
-    def update(self, units: int = 1, note: str | None = None) -> None:
-        """Counts units done, with a note such as the loss."""
+    def update(self, units: int = 1, note: str | None = None, counted: int | None = None) -> None:
+        """Counts units done, with a note such as the loss, and what they hold of the rate's unit if that is another."""
         self._done += units
+        self._counted += units if counted is None else counted
         self._note = self._note if note is None else note
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join(filter(None, [self._note, self._rate()])), refresh=False)
@@ -244,8 +249,7 @@ class Progress:
             self._print()
 
     def _rate(self) -> str:
-        units = (self._done - self._initial) / max(time.monotonic() - self._start, 1e-9)
-        return f"{units * self._rate_scale:,.0f} {self._rate_unit}/s"
+        return f"{self._counted / max(time.monotonic() - self._start, 1e-9):,.0f} {self._rate_unit}/s"
 
     def _print(self) -> None:
         now = time.monotonic()

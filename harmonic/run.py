@@ -126,6 +126,8 @@ class Run:
             return
         theirs, ours = (flatten(dataclasses.asdict(c)) for c in (self.config, config))
         may_differ = [*_MAY_DIFFER, *(f"model.{name}" for name in config.model.free)]
+        if config.train.schedule != "constant":
+            may_differ.remove("train.steps")  # they decide the rates
         differing = [
             f"{path} is {value!r} there and {ours.get(path)!r} here"
             for path, value in theirs.items()

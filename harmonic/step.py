@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jax.sharding import Mesh
 
 from harmonic import mesh as meshes
 from harmonic.config import Config
+from harmonic.errors import check
 from harmonic.models.base import Model, ParamGroup
 from harmonic.models.dropout import Dropout
 
@@ -27,8 +29,8 @@ class TrainState(NamedTuple):
 
     Attributes:
       params, ema: the weights and their average.
-      optimizer: {"adam": optax's state, "updates": updates made, "skipped": updates skipped, "streak": skipped in a
-        row}.
+      optimizer: {"adam": optax's state, whichever optimiser it is of, "updates": updates made, "skipped": updates
+        skipped, "streak": skipped in a row}.
     """
 
     params: Any
@@ -37,33 +39,66 @@ class TrainState(NamedTuple):
 
 
 def make_optimizer(model: Model, config: Config) -> optax.GradientTransformation:
-    """AdamW behind a clipped gradient, its learning rate constant after a linear warm-up.
+    """`train.optimizer` behind a clipped gradient, its rates as `schedule` gives them.
 
     Where the model puts its parameters into several groups, each group has a rate and a weight decay of its own.
+
+    Raises:
+      UserError: Muon, for a model that names no matrices.
     """
     train = config.train
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    if train.optimizer == "muon":
+        named = jax.tree.leaves(_matrices(model, params))
+        check(bool(named), "train.optimizer", "muon", f"adamw: a {config.model.kind} model names no matrices for Muon")
 
-    def adamw(group: ParamGroup) -> optax.GradientTransformation:
-        rate = learning_rate(config) if group.learning_rate is None else _warmed_up(group.learning_rate, config)
+    def optimizer(group: ParamGroup) -> optax.GradientTransformation:
+        rate = train.learning_rate if group.learning_rate is None else group.learning_rate
         decay = train.weight_decay if group.weight_decay is None else group.weight_decay
-        return optax.adamw(rate, b1=train.beta1, b2=train.beta2, weight_decay=decay)
+        if train.optimizer == "adamw":
+            return optax.adamw(schedule(config, rate), b1=train.beta1, b2=train.beta2, weight_decay=decay)
+        return optax.contrib.muon(
+            schedule(config, rate * train.muon_scale),
+            weight_decay=decay,
+            adam_learning_rate=schedule(config, rate),
+            adam_weight_decay=decay,
+            adam_b1=train.beta1,
+            adam_b2=train.beta2,
+            muon_weight_dimension_numbers=functools.partial(_matrices, model),
+        )
 
-    labels, groups = model.param_groups(jax.eval_shape(model.init, jax.random.key(0)))
+    labels, groups = model.param_groups(params)
     if len(groups) == 1:
         (group,) = groups.values()
-        return optax.chain(optax.clip_by_global_norm(train.clip_norm), adamw(group))
-    parts = optax.multi_transform({name: adamw(group) for name, group in groups.items()}, labels)
+        return optax.chain(optax.clip_by_global_norm(train.clip_norm), optimizer(group))
+    parts = optax.multi_transform({name: optimizer(group) for name, group in groups.items()}, labels)
     return optax.chain(optax.clip_by_global_norm(train.clip_norm), parts)
 
 
-def learning_rate(config: Config) -> optax.Schedule:
-    """Step (from 0) -> learning rate: reached in `warmup_steps` equal steps, the first of them above zero."""
-    return _warmed_up(config.train.learning_rate, config)
+def _matrices(model: Model, params: Any) -> Any:
+    """The tree of Muon's axes of the parameters that are matrices, None for the others."""
+
+    def axes(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        found = model.matrix_axes(jax.tree_util.keystr(path, simple=True, separator="."), leaf.shape)
+        return None if found is None else optax.contrib.MuonDimensionNumbers(*found)
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
-def _warmed_up(rate: float, config: Config) -> optax.Schedule:
-    warmup = config.train.warmup_steps
-    return lambda step: rate * jnp.minimum(1.0, (step + 1) / max(warmup, 1))
+def schedule(config: Config, rate: float) -> optax.Schedule:
+    """Step (from 0) -> learning rate: warmed up in equal steps, the first of them above zero, then as
+    `train.schedule` says: a fall reaches zero where the step after the last would be."""
+    train = config.train
+    start = int(train.decay_start * train.steps)
+
+    def at(step: Any) -> Any:
+        warm = rate * jnp.minimum(1.0, (step + 1) / max(train.warmup_steps, 1))
+        if train.schedule == "constant":
+            return warm
+        done = jnp.clip((step - start) / (train.steps - start), 0.0, 1.0)
+        return warm * (1 - done if train.schedule == "linear" else (1 + jnp.cos(math.pi * done)) / 2)
+
+    return at
 
 
 def init_state(config: Config, model: Model, params: Any = None) -> TrainState:

@@ -30,7 +30,7 @@ from harmonic.evaluators import VALIDATION, Evaluator, evaluators_of
 from harmonic.metrics import MetricsWriter, Progress, Throughput
 from harmonic.models.base import Model
 from harmonic.run import Run, flatten
-from harmonic.step import TrainState, init_state, learning_rate, make_train_step
+from harmonic.step import TrainState, init_state, make_train_step, schedule
 
 _DIVERGED = 100  # skipped updates in a row after which training is given up
 _PENDING = 100  # steps whose metrics are on the device at most
@@ -137,8 +137,7 @@ def _train(
     lead, settings = processes.current()[0] == 0, config.train
     model = models.make(config.model, config.data.num_levels, dataset.manifest.channels)
     mesh = meshes.make_mesh(config.mesh)
-    part = meshes.process_part(mesh)
-    batches = train_batches(dataset, config, shard=part.rows, piece=part.piece)
+    feed = Feed(dataset, config, mesh)
     run.check(config, dataset.folder, dataset.manifest)
     processes.gather("")  # no process writes before all have checked
     if lead:
@@ -151,9 +150,9 @@ def _train(
         if reached.step >= settings.steps:
             return TrainResult(reached.step, reached.best_step, reached.best, reached.seconds)
         if reached.data is not None:
-            batches.set_state(reached.data)
+            feed.resume(reached.step, reached.data)
         seconds_before = reached.seconds
-        step_function, rate = make_train_step(model, config, mesh), learning_rate(config)
+        step_function, rate = make_train_step(model, config, mesh), schedule(config, settings.learning_rate)
         key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=meshes.sharding(mesh, meshes.REPLICATED))()
         writer = MetricsWriter(run.folder if lead else None, reached.step, config)
         stack.callback(writer.close)
@@ -162,7 +161,6 @@ def _train(
             settings.steps,
             initial=reached.step,
             rate_unit="samples",
-            rate_scale=settings.global_batch_size * config.training_length,
             stream=None if lead else stack.enter_context(open(os.devnull, "w")),
         )
         stack.callback(progress.close)
@@ -171,23 +169,23 @@ def _train(
         def save(validation: float | None = None) -> None:
             reached.take(pending)
             reached.seconds = seconds_before + time.monotonic() - started
-            reached.data = batches.get_state()
+            reached.data = feed.get_state()
             meta = {"model": model_description(config), **dataclasses.asdict(reached)}
             checkpoints.save(reached.step, state._asdict(), meta, validation)
 
         caught = stack.enter_context(_asked_to_stop())
         agreed, stop = meshes.Agreement(mesh), 0
         pending: list[dict[str, jax.Array]] = []  # metrics of steps that may still run
-        shown, speed = reached.step, Throughput()
+        shown, counted, speed = reached.step, 0, Throughput()
         while reached.step < settings.steps and not (stop := agreed(max(caught, default=0))):
-            host_batch = next(batches)
-            batch, number = place_batch(host_batch, config, mesh), place_step(reached.step, mesh)
+            batch, samples = feed.take(reached.step)
+            number = place_step(reached.step, mesh)
             # An implicit transfer would make every step wait for the one before.
             with jax.profiler.StepTraceAnnotation("train", step_num=reached.step), jax.transfer_guard("disallow"):
                 state, metrics = step_function(state, batch, key, number)
             step = reached.step = reached.step + 1
             pending.append(metrics)
-            speed.add(int(host_batch["length"].sum()) * part.rows[1])  # other processes' rows are about as long
+            speed.add(samples)
 
             line_is_due = _due(step, settings.log_every, settings.steps)
             if line_is_due or len(pending) >= _PENDING:
@@ -203,8 +201,8 @@ def _train(
                     }
                     writer.write("train", step, line)
                     note = "loss not finite" if loss is None else f"{loss:.3f} bits/sample"
-                progress.update(step - shown, note)
-                shown = step
+                progress.update(step - shown, note, speed.total - counted)
+                shown, counted = step, speed.total
                 _check_divergence(last, config)
 
             validation = None
@@ -251,6 +249,44 @@ def _start(
         check_architecture(model_description(trained.config), config, init_from)
         params = jax.tree.map(np.asarray, trained.params)
     return jax.jit(lambda p: init_state(config, model, p), out_shardings=replicated)(params), Reached()
+
+
+class Feed:
+    """The batches of a run's steps on the mesh, stage after stage; each stage has a data iterator of its own.
+
+    Args:
+      dataset, config: of the run.
+      mesh: of all processes.
+
+    Raises:
+      UserError: the data does not fit the config, or the mesh.
+    """
+
+    def __init__(self, dataset: Dataset, config: Config, mesh: Mesh):
+        self._dataset, self._config, self._mesh = dataset, config, mesh
+        self._part = meshes.process_part(mesh)
+        self._enter(0)
+
+    def _enter(self, step: int) -> None:
+        self._stage = self._config.at(step)
+        self._batches = train_batches(self._dataset, self._stage, shard=self._part.rows, piece=self._part.piece)
+
+    def resume(self, step: int, state: Any) -> None:
+        """Goes to where the data was after so many steps, `state` as `get_state` gave it."""
+        self._enter(step - 1)  # a stage's first step begins with fresh data, and `take` sees that
+        self._batches.set_state(state)
+
+    def take(self, step: int) -> tuple[dict[str, jax.Array], int]:
+        """(the batch of a step, the samples in it)."""
+        if self._config.at(step) != self._stage:
+            self._enter(step)
+        batch = next(self._batches)
+        samples = int(batch["length"].sum()) * self._part.rows[1]  # other processes' rows are about as long
+        return place_batch(batch, self._stage, self._mesh), samples
+
+    def get_state(self) -> Any:
+        """Where the data is, for a later start."""
+        return self._batches.get_state()
 
 
 def place_batch(batch: dict[str, np.ndarray], config: Config, mesh: Mesh) -> dict[str, jax.Array]:

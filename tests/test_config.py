@@ -5,9 +5,11 @@ import json
 
 import pytest
 
-from harmonic.config import Config, TrainConfig, config_names, from_dict, load_config, override
+from harmonic.config import Config, Stage, TrainConfig, config_names, from_dict, load_config, override
 from harmonic.errors import UserError
 from harmonic.models.harmonic_rnn.config import ModelConfig
+
+STAGE = '{"start": 5, "window_length": 320, "global_batch_size": 2}'
 
 
 @pytest.mark.parametrize(
@@ -22,6 +24,14 @@ from harmonic.models.harmonic_rnn.config import ModelConfig
         ("data.dataset=123", ("data", "dataset"), "123"),
         ("model.blocks_per_level=1,2,3,4,5", ("model", "blocks_per_level"), (1, 2, 3, 4, 5)),
         ("seed=3", ("seed",), 3),
+        ("train.optimizer=muon", ("train", "optimizer"), "muon"),
+        ("model.max_angle=1", ("model", "max_angle"), 1.0),
+        ("model.max_angle=1,1,1,1,0.5", ("model", "max_angle"), (1.0, 1.0, 1.0, 1.0, 0.5)),
+        (
+            'train.stages=[{"start": 5, "window_length": 320, "global_batch_size": 2}]',
+            ("train", "stages"),
+            (Stage(5, 320, 2),),
+        ),
     ],
 )
 def test_override(assignment, path, value):
@@ -63,6 +73,26 @@ def test_overrides_are_checked_together():
         ("generate.top_p=0", ["generate.top_p=0", "above 0"]),
         ("data.encoding=alaw", ["data.encoding='alaw'", "mu_law, linear"]),
         ("seed=-1", ["seed=-1"]),
+        ("train.optimizer=sgd", ["train.optimizer='sgd'", "adamw, muon"]),
+        ("train.schedule=step", ["train.schedule='step'", "constant, linear, cosine"]),
+        ("train.decay_start=1", ["train.decay_start=1.0", "below 1"]),
+        ("train.stages=5", ["train.stages", "named fields"]),
+        ('train.stages=[{"start": 5}]', ["train.stages", "window_length", "global_batch_size"]),
+        (
+            'train.stages=[{"start": 5, "window_length": 300, "global_batch_size": 2}]',
+            ["window_length=300", "a multiple of 160", "such as 320"],
+        ),
+        (
+            'train.stages=[{"start": 0, "window_length": 320, "global_batch_size": 2}]',
+            ["train.stages: start=0", "at least 1"],
+        ),
+        (
+            f"train.stages=[{STAGE}, {STAGE}]",
+            ["train.stages=[5, 5]", "each start after the one before"],
+        ),
+        ("model.max_angle=3.5", ["model.max_angle=3.5", "a whole circle"]),
+        ("model.max_radius=1", ["model.min_radius", "below 1"]),
+        ("model.max_radius=0.99,0.9", ["model.max_radius", "or 5"]),
         ("name=a/b", ["name='a/b'"]),
     ],
 )

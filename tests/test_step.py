@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,10 @@ from tiny import MODEL, batch_of, config, parameters
 from work import operations
 
 from harmonic.config import MeshConfig
+from harmonic.errors import UserError
 from harmonic.mesh import make_mesh
 from harmonic.models import make
-from harmonic.step import init_state, learning_rate, make_loss_and_grad, make_optimizer, make_train_step
+from harmonic.step import init_state, make_loss_and_grad, make_optimizer, make_train_step, schedule
 
 pytestmark = pytest.mark.laws
 
@@ -130,7 +132,7 @@ def test_operations_are_counted_wherever_they_are():
 def test_recipe():
     """Warm-up, clipping and AdamW, against optax put together by hand."""
     ours = config("train.learning_rate=0.01", "train.warmup_steps=4", "train.clip_norm=1")
-    rates = [float(learning_rate(ours)(s)) for s in range(6)]
+    rates = [float(schedule(ours, 0.01)(s)) for s in range(6)]
     np.testing.assert_allclose(rates, [0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01], rtol=1e-6)
     params = {"w": jnp.array([1.0, -2.0])}
     optimizer = make_optimizer(make(ours.model), ours)
@@ -138,6 +140,53 @@ def test_recipe():
         update, _ = optimizer.update({"w": jnp.array([30.0, 40.0])}, optimizer.init(params), params)
     # Clipped to (0.6, 0.8); Adam's first step is the sign, and the weight decays beside it.
     np.testing.assert_allclose(update["w"], -0.0025 * (np.array([1, 1]) + 1e-4 * np.array([1, -2])), rtol=1e-4)
+
+
+def test_schedules():
+    """Up in equal steps, level until the fall begins, and zero where the step after the last would be."""
+    shape = ("train.warmup_steps=2", "train.steps=8", "train.decay_start=0.5")
+    rates = {
+        name: [float(schedule(config(*shape, f"train.schedule={name}"), 2.0)(step)) for step in range(9)]
+        for name in ("constant", "linear", "cosine")
+    }
+    np.testing.assert_allclose(rates["constant"], [1, 2, 2, 2, 2, 2, 2, 2, 2], rtol=1e-6)
+    np.testing.assert_allclose(rates["linear"], [1, 2, 2, 2, 2, 1.5, 1, 0.5, 0], rtol=1e-6)
+    half = [2, 1 + math.sqrt(0.5), 1, 1 - math.sqrt(0.5), 0]
+    np.testing.assert_allclose(rates["cosine"], [1, 2, 2, 2, *half], rtol=1e-5, atol=1e-6)
+
+
+def test_muon_takes_the_matrices_that_the_model_names():
+    """Their updates are as long in every direction as Muon's rate says; the others are AdamW's."""
+    ours = config("train.optimizer=muon", "train.learning_rate=0.01", "train.warmup_steps=0", "train.weight_decay=0")
+    model, params = make(ours.model), parameters(jnp.float32)
+    numbers = np.random.default_rng(0)
+    grads = jax.tree.map(lambda v: jnp.asarray(numbers.normal(size=v.shape), jnp.float32), params)
+    optimizer = make_optimizer(model, ours)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = optimizer.update(grads, optimizer.init(params), params)
+        adam = optax.adamw(0.01, weight_decay=0, nesterov=True)
+        expected, _ = adam.update(grads, adam.init(params), params)
+    seen = set()
+    for path, update in jax.tree_util.tree_leaves_with_path(updates):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if model.matrix_axes(name, update.shape) is None:
+            (same,) = [e for p, e in jax.tree_util.tree_leaves_with_path(expected) if p == path]
+            np.testing.assert_allclose(update, same, rtol=2e-2, atol=1e-5)  # AdamW's eps after clipping
+            continue
+        seen.add(name.split(".")[-2])
+        *_, inputs, outputs = update.shape
+        values = np.linalg.svd(update, compute_uv=False) / (0.01 * ours.train.muon_scale)
+        values /= math.sqrt(max(1, outputs / inputs))
+        assert 0.3 < values.min() and values.max() < 1.3
+    assert seen >= {"input", "output", "gate", "up", "last"}
+
+
+def test_a_model_without_matrices_refuses_muon(monkeypatch):
+    ours = config("train.optimizer=muon")
+    model = make(ours.model)
+    monkeypatch.setattr(model, "matrix_axes", lambda name, shape: None)
+    with pytest.raises(UserError, match="adamw: a harmonic_rnn model names no matrices for Muon"):
+        make_optimizer(model, ours)
 
 
 def step_once(ours, state, batch, step=0):

@@ -114,6 +114,42 @@ def test_a_finished_run_is_left_alone_and_can_be_prolonged(tiny_data, tmp_path):
     assert training.train(config("train.steps=3"), tiny_data, workdir).step == 3
 
 
+@pytest.mark.laws
+@pytest.mark.parametrize("stop", [2, 3, 4])
+def test_stages_are_the_same_however_a_run_is_cut(tiny_data, tmp_path, stop):
+    """Before, at and after the step where the windows change; also the optimiser's and the schedule's place."""
+    stages = 'train.stages=[{"start": 3, "window_length": 60, "global_batch_size": 8}]'
+    ours = [stages, "train.optimizer=muon", "train.steps=6"]
+    training.train(config(*ours), tiny_data, tmp_path / "whole")
+    training.train(config(*ours, f"train.steps={stop}"), tiny_data, tmp_path / "cut")
+    training.train(config(*ours), tiny_data, tmp_path / "cut")
+    whole, cut = (final_state(tmp_path / name, *ours) for name in ("whole", "cut"))
+    jax.tree.map(np.testing.assert_array_equal, whole, cut)
+    losses = [
+        [line["loss"] for line in read_metrics(tmp_path / n) if line["kind"] == "train"] for n in ("whole", "cut")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_each_stage_has_its_windows_and_an_order_of_its_own(tiny_data):
+    stages = [{"start": 2, "window_length": 60, "global_batch_size": 8}, {"start": 4, "window_length": 60,
+              "global_batch_size": 8}]  # fmt: skip
+    ours = config(f"train.stages={json.dumps(stages)}")
+    feed = training.Feed(Dataset(tiny_data), ours, make_mesh(ours.mesh))
+    taken = [feed.take(step) for step in range(6)]
+    shapes = [batch["tokens"].shape for batch, _ in taken]
+    assert shapes == [(1, 4, 504, 1)] * 2 + [(1, 8, 60, 1)] * 4
+    assert all(samples == int(batch["length"].sum()) for batch, samples in taken)
+    assert not np.array_equal(taken[2][0]["tokens"], taken[4][0]["tokens"])
+
+
+def test_a_decaying_rate_fixes_the_steps(tiny_data, tmp_path):
+    decaying = config("train.schedule=linear", "train.steps=2")
+    training.train(decaying, tiny_data, tmp_path / "run")
+    with pytest.raises(UserError, match=r"train.steps is 2 there and 3 here"):
+        training.train(config("train.schedule=linear", "train.steps=3"), tiny_data, tmp_path / "run")
+
+
 def test_a_run_of_another_config_or_data_is_refused(tiny_data, tmp_path, reference_run, make_dataset):
     with pytest.raises(UserError, match=r"train.learning_rate is 0.002 there and 0.1 here"):
         training.train(config("train.learning_rate=0.1"), tiny_data, reference_run)

@@ -33,10 +33,10 @@ def batch_of(tokens, lengths, rows, **conditions):
     return {"tokens": tokens, "length": lengths, "row": rows, **conditions}
 
 
-def final_state(workdir):
-    """(step, state) of a run's latest checkpoint, its config as `config()` but for the training's length."""
+def final_state(workdir, *assignments):
+    """(step, state) of a run's latest checkpoint, its model and optimiser as `config(*assignments)` says."""
     checkpoints, model = Checkpoints(workdir, read_only=True), make(MODEL)
     step = checkpoints.step("latest")
-    restored = checkpoints.restore(step, jax.eval_shape(lambda: init_state(config(), model))._asdict())
+    restored = checkpoints.restore(step, jax.eval_shape(lambda: init_state(config(*assignments), model))._asdict())
     checkpoints.close()
     return step, restored

@@ -189,6 +189,16 @@ class Model(Protocol):
         """(a tree like `params` of each one's group by name, the groups); by default all are in one."""
         return jax.tree.map(lambda _: "all", params), {"all": ParamGroup()}
 
+    def matrix_axes(self, name: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
+        """Which parameters Muon takes: (axis of a matrix's inputs, axis of its outputs); its other axes are a batch of
+        matrices. None for what is no matrix between hidden vectors: biases, scales, embeddings, the head.
+
+        Args:
+          name: the parameter's path in the dict of `init`, joined by dots.
+          shape: its shape.
+        """
+        return None
+
     def state_bytes(self, batch: int = 1) -> int:
         """Bytes of a state; of a full one, where it grows."""
         state = jax.eval_shape(lambda: self.init_state(batch))

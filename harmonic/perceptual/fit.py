@@ -122,7 +122,6 @@ def _fit(
             settings.steps,
             initial=step,
             rate_unit="clips",
-            rate_scale=settings.batch_size,
         )
     try:
         while step < settings.steps:
@@ -134,7 +133,7 @@ def _fit(
             accuracy = float(right) / settings.batch_size
             writer.write("train", step, {"loss": float(loss), "accuracy": accuracy})
             if progress:
-                progress.update(1, f"loss {float(loss):.3f}, accuracy {accuracy:.0%}")
+                progress.update(1, f"loss {float(loss):.3f}, accuracy {accuracy:.0%}", settings.batch_size)
             if step % settings.checkpoint_every == 0 or step == settings.steps:
                 figures = _score(_classifier(state["ema"], sizes, classes), images, numbers, "validation")
                 writer.write("validation", step, figures)

@@ -26,6 +26,9 @@ class ModelConfig(config.ModelConfig):
       embedding: how tokens enter: sinusoidal (fixed), linear (scaled to [-1, 1) and projected) or learned (a table).
       embedding_dropout: probability that a feature of the embedding is dropped (the paper tries it on the table).
       dropout: probability that a feature of a residual branch is dropped.
+      min_radius, max_radius: initial |a| of the recurrence at an open gate, uniform by area between these; one number
+        for all levels, or one a level, from the outermost to the innermost.
+      max_angle: initial angles are uniform from 0 to this many pi; one number, or one a level.
       activations: type of what the parallel forward and its gradient keep between layers; parameters, states, norms and
         logits are float32 in any case, and so is generation.
       kernel: implementation of the recurrence, to compare one with another: a name of `kernels.IMPLEMENTATIONS`; auto
@@ -36,7 +39,9 @@ class ModelConfig(config.ModelConfig):
         "HarmonicRNN", "a deep linear RNN that generates raw audio sample by sample", "2510.02401"
     )
     free: ClassVar[tuple[str, ...]] = ("kernel",)
-    not_in_architecture: ClassVar[tuple[str, ...]] = ("dropout", "embedding_dropout")
+    not_in_architecture: ClassVar[tuple[str, ...]] = (
+        "dropout", "embedding_dropout", "min_radius", "max_radius", "max_angle"
+    )  # fmt: skip
 
     kind: Literal["harmonic_rnn"] = "harmonic_rnn"
 
@@ -49,6 +54,9 @@ class ModelConfig(config.ModelConfig):
     embedding: Literal["sinusoidal", "linear", "learned"] = "sinusoidal"
     embedding_dropout: float = 0.0
     dropout: float = 0.2
+    min_radius: float | tuple[float, ...] = 0.9
+    max_radius: float | tuple[float, ...] = 0.99
+    max_angle: float | tuple[float, ...] = 0.1
     activations: Literal["float32", "bfloat16"] = "float32"
     kernel: str = "auto"
 
@@ -73,6 +81,26 @@ class ModelConfig(config.ModelConfig):
         for name in ("dropout", "embedding_dropout"):
             p = getattr(self, name)
             check(0 <= p < 1, f"model.{name}", p, "at least 0 and below 1")
+
+        names = ("min_radius", "max_radius", "max_angle")
+        for name in names:
+            value = getattr(self, name)
+            check(
+                isinstance(value, float) or len(value) == levels,
+                f"model.{name}",
+                value,
+                f"one number, or {levels} (one for each level of pool_factors={self.pool_factors}, and the innermost)",
+            )
+        for low, high, angle in self.level_ranges:
+            check(0 < low <= high < 1, "model.min_radius", low, f"above 0 and at most max_radius={high}, below 1")
+            check(0 < angle <= 2, "model.max_angle", angle, "above 0 and at most 2 (a whole circle)")
+
+    @property
+    def level_ranges(self) -> tuple[tuple[float, float, float], ...]:
+        """`min_radius`, `max_radius` and `max_angle` of each level."""
+        ranges = (self.min_radius, self.max_radius, self.max_angle)
+        levels = len(self.pool_factors) + 1
+        return tuple(zip(*((r,) * levels if isinstance(r, float) else r for r in ranges), strict=True))
 
     @property
     def level_blocks(self) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from harmonic.models.harmonic_rnn.config import ModelConfig
 GATE_EXPONENT = 8.0
 Scan = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """(a, x [batch, time, channels], h0 [batch, channels]), complex -> h of h_t = a_t h_{t-1} + x_t, shaped as x."""
+Ranges = tuple[Any, Any, Any]
+"""Of initial recurrences: the least and the greatest squared radius, and the greatest angle."""
 Drop = Callable[[jax.Array, int], jax.Array]
 """(a branch, 0 for the temporal block's and 1 for the MLP block's) -> the branch after dropout."""
 
@@ -69,14 +72,15 @@ class CGLRU(nnx.Module):
     y = W_out [Re h | Im h] + b
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, ranges: Ranges, *, rngs: nnx.Rngs):
         width, state, channels = config.width, config.state_width, config.state_width // 2
+        low, high, angle = ranges
         self.input = nnx.Linear(width, state, rngs=rngs)
         self.input_gate = BlockDiagonal(config.gate_blocks, state, channels, rngs=rngs)
         self.recurrence_gate = BlockDiagonal(config.gate_blocks, state, channels, rngs=rngs)
-        radius_squared = jax.random.uniform(rngs.params(), (channels,), minval=0.9**2, maxval=0.99**2)
+        radius_squared = jax.random.uniform(rngs.params(), (channels,), minval=low, maxval=high)
         self.log_decay = nnx.Param(jnp.log(jnp.expm1(-0.5 * jnp.log(radius_squared))))  # softplus = -log radius
-        self.angle = nnx.Param(jax.random.uniform(rngs.params(), (channels,), maxval=0.1 * math.pi))
+        self.angle = nnx.Param(jax.random.uniform(rngs.params(), (channels,), maxval=angle))
         self.output = nnx.Linear(state, width, rngs=rngs)
 
     def __call__(self, x: jax.Array, h0: Pair, scan: Scan) -> tuple[jax.Array, Pair]:
@@ -95,10 +99,10 @@ class CGLRU(nnx.Module):
 class TemporalBlock(nnx.Module):
     """W_last(CG-LRU(LN(x)) * gelu(W_gate LN(x))): the branch, without dropout and the residual sum."""
 
-    def __init__(self, config: ModelConfig, residual_scale: float, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, residual_scale: float, ranges: Ranges, *, rngs: nnx.Rngs):
         width = config.width
         self.norm = LayerNorm(width, rngs=rngs)
-        self.recurrence = CGLRU(config, rngs=rngs)
+        self.recurrence = CGLRU(config, ranges, rngs=rngs)
         self.gate = nnx.Linear(width, width, rngs=rngs)
         self.last = nnx.Linear(width, width, kernel_init=residual_initializer(residual_scale), rngs=rngs)
 
@@ -127,8 +131,8 @@ class MLPBlock(nnx.Module):
 class Block(nnx.Module):
     """A temporal block and the MLP block behind it, each added to the residual stream after dropout."""
 
-    def __init__(self, config: ModelConfig, residual_scale: float, *, rngs: nnx.Rngs):
-        self.temporal = TemporalBlock(config, residual_scale, rngs=rngs)
+    def __init__(self, config: ModelConfig, residual_scale: float, ranges: Ranges, *, rngs: nnx.Rngs):
+        self.temporal = TemporalBlock(config, residual_scale, ranges, rngs=rngs)
         self.mlp = MLPBlock(config, residual_scale, rngs=rngs)
 
     def __call__(self, x: jax.Array, h0: Pair, scan: Scan, drop: Drop) -> tuple[jax.Array, Pair]:

@@ -85,8 +85,8 @@ class _Part:
         self._make = make
         self._graph, _ = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
 
-    def init(self, key: jax.Array) -> Params:
-        return nnx.to_pure_dict(nnx.state(self._make(rngs=nnx.Rngs(key)), nnx.Param))
+    def init(self, key: jax.Array, **initial: Any) -> Params:
+        return nnx.to_pure_dict(nnx.state(self._make(rngs=nnx.Rngs(key), **initial), nnx.Param))
 
     def bind(self, params: Params) -> Any:
         return nnx.merge(self._graph, params)
@@ -98,12 +98,14 @@ class Stack(NamedTuple):
     Attributes:
       first, blocks: the number of the first, and how many.
       scale: residual scale of their initial values.
+      ranges: of their initial recurrences.
       stride: samples to a step.
     """
 
     first: int
     blocks: int
     scale: float
+    ranges: layers.Ranges
     stride: int
 
 
@@ -135,12 +137,13 @@ class HarmonicRNN(base.Model):
             self.pools[f"up_pool_{level}"] = self._pool(factor, layers.residual_initializer(scales[level]))
         down = [(f"down_{level}", level) for level in range(len(factors))]
         up = [(f"up_{level}", level) for level in reversed(range(len(factors)))]
+        ranges = [(low**2, high**2, angle * math.pi) for low, high, angle in config.level_ranges]
         first, self.stacks = 0, dict[str, Stack]()
         for name, level in [*down, ("inner", len(factors)), *up]:
-            self.stacks[name] = Stack(first, blocks[level], scales[level], math.prod(factors[:level]))
+            self.stacks[name] = Stack(first, blocks[level], scales[level], ranges[level], math.prod(factors[:level]))
             first += blocks[level]
         self.num_blocks = first
-        self.block = _Part(lambda rngs: layers.Block(config, 1.0, rngs=rngs))
+        self.block = _Part(lambda rngs, ranges=ranges[0]: layers.Block(config, 1.0, ranges, rngs=rngs))
 
     def _pool(self, factor: int, initializer: Callable[..., jax.Array]) -> _Part:
         return _Part(lambda rngs: layers.Pool(self.config, factor, initializer, rngs=rngs))
@@ -149,7 +152,9 @@ class HarmonicRNN(base.Model):
         """Fresh float32 parameters; all blocks are stacked along a leading axis, as one stack of `num_blocks`."""
         parts = {"embedding": self.embedding, "head": self.head, **self.pools}
         params = {name: part.init(jax.random.fold_in(key, i)) for i, (name, part) in enumerate(parts.items())}
-        blocks = jax.vmap(self.block.init)(jax.random.split(jax.random.fold_in(key, len(parts)), self.num_blocks))
+        keys = jax.random.split(jax.random.fold_in(key, len(parts)), self.num_blocks)
+        ranges = jnp.array([stack.ranges for stack in self.stacks.values() for _ in range(stack.blocks)])
+        blocks = jax.vmap(lambda key, ranges: self.block.init(key, ranges=tuple(ranges)))(keys, ranges)
         scales = jnp.concatenate([jnp.full(stack.blocks, stack.scale) for stack in self.stacks.values()])
         for branch in ("temporal", "mlp"):
             last = blocks[branch]["last"]
@@ -313,6 +318,10 @@ class HarmonicRNN(base.Model):
     def sampler(self) -> Sampler:
         """With the blocks arranged for the step's kernel."""
         return Sampler(self)
+
+    def matrix_axes(self, name: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
+        """The blocks' dense kernels; the pooling's too."""
+        return (len(shape) - 2, len(shape) - 1) if name.endswith("kernel") and name.startswith("blocks.") else None
 
     def costs(self, segments: int = 1) -> Costs:
         """As `harmonic_rnn.costs.costs`."""
