@@ -270,7 +270,9 @@ def check_architecture(theirs: dict[str, Any], config: Config, where: str) -> No
     Raises:
       UserError: names the fields that differ.
     """
-    theirs, ours = {"kind": models.DEFAULT_KIND, **theirs}, model_description(config)
+    kind = theirs.get("kind", models.DEFAULT_KIND)
+    # Fields that a later version added had one value before: their default.
+    theirs, ours = {**models.config_class(kind)().architecture(), **theirs}, model_description(config)
     differing = [
         f"{key} is {theirs.get(key)!r} there and {ours[key]!r} here" for key in ours if theirs.get(key) != ours[key]
     ]

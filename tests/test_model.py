@@ -16,7 +16,7 @@ pytestmark = pytest.mark.laws
 SMALL = {"width": 8, "state_width": 16, "gate_blocks": 4}
 CONFIGS = {
     "no pooling": ModelConfig(**SMALL, pool_factors=(), blocks_per_level=3, pool_groups=8),
-    "one pool": ModelConfig(**SMALL, pool_factors=(2,), blocks_per_level=2, pool_groups=2),
+    "one pool": ModelConfig(**SMALL, pool_factors=(2,), blocks_per_level=2, pool_groups=2, head="logistic"),
     "uneven": ModelConfig(
         **SMALL, pool_factors=(2, 3), blocks_per_level=(1, 2, 1), pool_groups=1, embedding="learned"
     ),
@@ -61,25 +61,25 @@ def test_parameter_count_of_the_reduced_model():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_model_is_what_the_papers_write(x64, name):
-    """Logits and gradients against the plain model, from the start of a recording."""
+    """Outputs and gradients against the plain model, from the start of a recording."""
     config = CONFIGS[name]
     model, params = with_parameters(config)
     tokens = random_tokens(model, 2, max(model.multiple, 12))
 
     def ours(params):
-        return model.apply(model.prepare(params), {"tokens": tokens}, model.init_state(2, jnp.float64))[0][:, :, 0]
+        return model.apply(model.prepare(params), {"tokens": tokens}, model.init_state(2, jnp.float64))[0]
 
     def written_plainly(params):
-        return plain(config).apply(params, {"tokens": tokens}, model.init_state(2, jnp.float64))[0][:, :, 0]
+        return plain(config).apply(params, {"tokens": tokens}, model.init_state(2, jnp.float64))[0]
 
-    def gradient_and_logits(logits):
+    def gradient_and_outputs(outputs):
         def nats(params):
-            made = logits(params)
-            return -jnp.take_along_axis(jax.nn.log_softmax(made), tokens, -1).sum(), made
+            made = outputs(params)
+            return -model.log_prob(made, tokens).sum(), made
 
         return jax.jit(jax.grad(nats, has_aux=True))(params)
 
-    gradients, made = zip(*(gradient_and_logits(logits) for logits in (ours, written_plainly)), strict=True)
+    gradients, made = zip(*(gradient_and_outputs(outputs) for outputs in (ours, written_plainly)), strict=True)
     np.testing.assert_allclose(*made, rtol=1e-9, atol=1e-9)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-8), *gradients)
     assert bool(params["embedding"]) == (config.embedding != "sinusoidal")  # which learns nothing
@@ -191,6 +191,18 @@ def test_initial_decay_and_residual_scale():
     kernels = params["blocks"]["temporal"]["last"]["kernel"]
     for kernel, residuals in ((kernels[4:8], 17), (kernels[16:20], 8), (kernels[-4:], 17)):
         np.testing.assert_allclose(kernel.var(), 1 / residuals / 128, rtol=0.05)
+
+
+def test_initial_ranges_of_each_level():
+    config = ModelConfig(
+        **SMALL, pool_factors=(2,), pool_groups=2, blocks_per_level=2, min_radius=0.5, max_radius=(0.6, 0.9999),
+        max_angle=(0.01, 1.0),
+    )  # fmt: skip
+    recurrence = jax.jit(make(config).init)(jax.random.key(0))["blocks"]["temporal"]["recurrence"]
+    radius, angle = np.exp(-np.log1p(np.exp(recurrence["log_decay"]))), np.asarray(recurrence["angle"])
+    outer, inner = [0, 1, 4, 5], [2, 3]  # blocks down and up, and the innermost level's
+    assert (radius > 0.4999).all() and (radius[outer] < 0.6001).all() and radius[inner].max() > 0.8
+    assert (angle >= 0).all() and angle[outer].max() < 0.01 * np.pi and angle[inner].max() > 0.5 * np.pi
 
 
 def test_sampling_follows_the_distribution():

@@ -230,6 +230,17 @@ def test_average_of_the_weights(debias):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6), state.ema, expected)
 
 
+def test_the_logistic_head_on_a_mesh(x64):
+    """It needs the sample before each, also over the edge of a shard: loss and gradient are those of one device."""
+    model = make(dataclasses.replace(MODEL, head="logistic", components=2))
+    params = jax.tree.map(lambda v: v.astype(jnp.float64), jax.jit(model.init)(jax.random.key(0)))
+    batch, words = random_batch(2, 8, 48), jnp.array([3, 4], jnp.uint32)
+    found = [
+        jax.jit(make_loss_and_grad(model, make_mesh(MeshConfig(*m))))(params, batch, words) for m in ((1, 1), (2, 4))
+    ]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10), *found)
+
+
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 4)])
 def test_bfloat16_activations(mesh):
     """Close to float32, in half the bytes; what adds up over segments and samples stays in float32."""

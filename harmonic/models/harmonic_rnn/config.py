@@ -24,6 +24,9 @@ class ModelConfig(config.ModelConfig):
       pool_groups: feature groups of the pooling convolutions: `width` is diagonal, 1 is dense.
       gate_blocks: blocks of the block-diagonal gates.
       embedding: how tokens enter: sinusoidal (fixed), linear (scaled to [-1, 1) and projected) or learned (a table).
+      head: what is predicted of a sample: categorical (a logit for each level, as in the paper), or logistic (a mixture
+        of logistic distributions around the sample before it: fewer outputs, and neighbours among levels are near).
+      components: of the logistic head's mixture.
       embedding_dropout: probability that a feature of the embedding is dropped (the paper tries it on the table).
       dropout: probability that a feature of a residual branch is dropped.
       min_radius, max_radius: initial |a| of the recurrence at an open gate, uniform by area between these; one number
@@ -52,6 +55,8 @@ class ModelConfig(config.ModelConfig):
     pool_groups: int = 128
     gate_blocks: int = 32
     embedding: Literal["sinusoidal", "linear", "learned"] = "sinusoidal"
+    head: Literal["categorical", "logistic"] = "categorical"
+    components: int = 4
     embedding_dropout: float = 0.0
     dropout: float = 0.2
     min_radius: float | tuple[float, ...] = 0.9
@@ -82,6 +87,7 @@ class ModelConfig(config.ModelConfig):
             p = getattr(self, name)
             check(0 <= p < 1, f"model.{name}", p, "at least 0 and below 1")
 
+        check(self.components >= 1, "model.components", self.components, "at least 1")
         names = ("min_radius", "max_radius", "max_angle")
         for name in names:
             value = getattr(self, name)
@@ -107,6 +113,10 @@ class ModelConfig(config.ModelConfig):
         """`blocks_per_level`, one number a level."""
         blocks = self.blocks_per_level
         return (blocks,) * (len(self.pool_factors) + 1) if isinstance(blocks, int) else blocks
+
+    def outputs(self, num_levels: int) -> int:
+        """Numbers that the head gives for a sample."""
+        return num_levels if self.head == "categorical" else 3 * self.components
 
     @property
     def multiple(self) -> int:

@@ -27,7 +27,7 @@ def costs(config: ModelConfig, num_levels: int, params: Any, segments: int = 1) 
     blocks, pools = _rates(config)
     # A training step keeps each block's input and each level's skip; at the outermost rate the most is held at once.
     in_a_block = 7.5 * config.state_width / 2 + 17.5 * config.width
-    kept = (blocks + sum(pools)) * config.width + max(in_a_block, 2.2 * num_levels + 6 * config.width)
+    kept = (blocks + sum(pools)) * config.width + max(in_a_block, 2.2 * config.outputs(num_levels) + 6 * config.width)
     return Costs(
         by_part=_by_part(params),
         blocks=num_blocks,
@@ -78,7 +78,7 @@ def _operations(config: ModelConfig, levels: int, several: bool) -> dict[str, di
     }
     linear, sinusoidal = config.embedding == "linear", config.embedding == "sinusoidal"
     outside = {
-        "dense": 2 * width * (levels + linear),
+        "dense": 2 * width * (config.outputs(levels) + linear),
         "pooling": 2 * 2 * width * (width // config.pool_groups) * sum(pools),  # down and up, for each input sample
         "elementwise": (7 + 1.5 * sinusoidal + sum(pools)) * width,  # the last norm, the embedding, skip connections
     }
@@ -91,11 +91,16 @@ def _operations(config: ModelConfig, levels: int, several: bool) -> dict[str, di
     forwards = 2 + several
     last = blocks * 2 * 2 * width * width
     masks = 10 * 2 * width * blocks * (config.dropout > 0)  # a hash and a choice for every feature of two branches
-    # A softmax takes 3 for a level; its gradient, as a draw by the cumulative sum, 3 more.
+    # A softmax takes 3 for a level; its gradient, as a draw by the cumulative sum, 3 more. A component of a mixture
+    # takes some 24 for one cell, as much for its gradient, and for a draw 24 for each level.
+    mixture = 24 * config.components * (config.head == "logistic")
+    softmax = 6 * levels * (not mixture)
     return {
         "forward": total(1, 1),
-        "training": total(forwards + 2, forwards + 1, dense=-last, elementwise=forwards * masks + 6 * levels),
-        "generation": total(1, 1, elementwise=6 * levels),
+        "training": total(
+            forwards + 2, forwards + 1, dense=-last, elementwise=forwards * masks + softmax + 2 * mixture
+        ),
+        "generation": total(1, 1, elementwise=6 * levels + mixture * levels),
     }
 
 

@@ -215,11 +215,11 @@ EMBEDDINGS = {"sinusoidal": SinusoidalEmbedding, "linear": LinearEmbedding, "lea
 
 
 class Head(nnx.Module):
-    """LayerNorm and a dense layer to logits."""
+    """LayerNorm and a dense layer to logits, or to the mixture of logistics."""
 
     def __init__(self, config: ModelConfig, num_levels: int, *, rngs: nnx.Rngs):
         self.norm = LayerNorm(config.width, rngs=rngs)
-        self.dense = nnx.Linear(config.width, num_levels, rngs=rngs)
+        self.dense = nnx.Linear(config.width, config.outputs(num_levels), rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.dense(self.norm(x))

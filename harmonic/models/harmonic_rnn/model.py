@@ -27,13 +27,16 @@ from harmonic.kernels import Pair
 from harmonic.kernels.context_parallel import left_halo
 from harmonic.kernels.dense import dense, normalise
 from harmonic.kernels.plain_step import Dense, step_dense, step_normalise
-from harmonic.models import base
+from harmonic.models import base, logistic
 from harmonic.models.base import Inputs, Params
 from harmonic.models.costs import Costs
 from harmonic.models.dropout import Dropout, dropout
 from harmonic.models.harmonic_rnn import fused, layers
 from harmonic.models.harmonic_rnn.config import ModelConfig
 from harmonic.models.harmonic_rnn.costs import costs
+
+# Of a mixture's components before training: 2 and 2.3 of 256 levels, as neighbouring samples of music differ.
+_SHIFT, _LOG_SCALE = 1 / 16, -4.0
 
 
 class State(NamedTuple):
@@ -59,7 +62,7 @@ class Weights(NamedTuple):
 
     Attributes:
       embedding: its parameters; for the sampler, the table [num_levels, width] of what it gives for each token.
-      head: the layer to logits, behind `normalise`.
+      head: the last layer, behind `normalise`.
       pools: by name, `down_pool_0`, ...
       blocks: along a leading axis; for the sampler, by stack, as the kernel takes them.
     """
@@ -188,7 +191,7 @@ class HarmonicRNN(base.Model):
     def apply(
         self, weights: Weights, inputs: Inputs, state: State, *, rng: Dropout | None = None, axis: str | None = None
     ) -> tuple[jax.Array, State]:
-        """Logits [batch, time, channels, num_levels] of a segment, and the state after it; as `base.Model.apply`.
+        """The outputs of a segment, [batch, time, channels, ...], and the state after it; as `base.Model.apply`.
 
         Raises:
           ValueError: a length that pooling does not divide.
@@ -219,8 +222,37 @@ class HarmonicRNN(base.Model):
             pending.insert(0, carry)
             x = jnp.concatenate([due.astype(raw.dtype), raw[:, :-edge]], axis=1) + skips[level]
             x, hidden[f"up_{level}"] = self._run(f"up_{level}", x, stacks, rng, axis)
-        logits = dense(normalise(x.astype(weights.head.kernel.dtype)), *weights.head)[:, :, None]
-        return logits, State(state.position, last, self.join(hidden), tuple(pending), state.collected)
+        outputs = dense(normalise(x.astype(weights.head.kernel.dtype)), *weights.head)
+        return self._outputs(outputs, tokens[..., 0]), State(
+            state.position, last, self.join(hidden), tuple(pending), state.collected
+        )
+
+    def _outputs(self, head: jax.Array, before: jax.Array) -> jax.Array:
+        """What the head gives, [..., outputs], after tokens [...], as `log_prob` takes it: [..., 1, outputs].
+
+        A mixture's components lie around the sample before: a model that has learned nothing yet expects no change.
+        """
+        if self.config.head == "categorical":
+            return head[..., None, :]
+        weights, shifts, spreads = jnp.split(head, 3, axis=-1)
+        centre = (2 * before.astype(head.dtype) + 1) / self.num_levels - 1
+        return jnp.concatenate([weights, centre[..., None] + _SHIFT * shifts, spreads + _LOG_SCALE], axis=-1)[
+            ..., None, :
+        ]
+
+    def log_prob(self, outputs: jax.Array, tokens: jax.Array) -> jax.Array:
+        """As `base.Model.log_prob`, by the config's head."""
+        if self.config.head == "categorical":
+            return super().log_prob(outputs, tokens)
+        return logistic.log_prob(outputs, tokens, self.num_levels)
+
+    def sample(
+        self, outputs: jax.Array, uniform: jax.Array, *, temperature: float = 1.0, top_p: float = 1.0
+    ) -> jax.Array:
+        """As `base.Model.sample`, by the config's head."""
+        if self.config.head == "categorical":
+            return super().sample(outputs, uniform, temperature=temperature, top_p=top_p)
+        return logistic.sample(outputs, uniform, self.num_levels, temperature=temperature, top_p=top_p)
 
     def cut(self, tree: Any) -> dict[str, Any]:
         """Arrays over all blocks, cut into the stacks. The transpose of a split is one concatenation."""
@@ -253,7 +285,7 @@ class HarmonicRNN(base.Model):
         return dropout(x, self.config.embedding_dropout, rng, 2 * self.num_blocks, self.multiple)
 
     def step(self, weights: Weights, inputs: Inputs, state: State) -> tuple[jax.Array, State]:
-        """Logits [batch, 1, channels, num_levels] of the next sample, and the state; as `base.Model.step`.
+        """The outputs of the next sample, [batch, 1, channels, ...], and the state; as `base.Model.step`.
 
         Levels run at their own rates: an inner one only when its down-pool is complete.
         """
@@ -308,8 +340,8 @@ class HarmonicRNN(base.Model):
         x = weights.embedding[state.last[:, 0]]
         x, inside = descend(0, x, _Inside(hidden, state.pending, state.collected))
         position = (state.position + 1) % self.multiple
-        logits = step_dense(step_normalise(x), weights.head)
-        return logits[:, None, None], State(position, state.last, *inside)
+        outputs = step_dense(step_normalise(x), weights.head)
+        return self._outputs(outputs, state.last[:, 0])[:, None], State(position, state.last, *inside)
 
     def observe(self, state: State, tokens: jax.Array) -> State:
         """The state once the sample that `step` predicted is known: tokens [batch, channels]."""
@@ -320,7 +352,7 @@ class HarmonicRNN(base.Model):
         return Sampler(self)
 
     def matrix_axes(self, name: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
-        """The blocks' dense kernels; the pooling's too."""
+        """The kernels of the blocks, the gates' small ones among them."""
         return (len(shape) - 2, len(shape) - 1) if name.endswith("kernel") and name.startswith("blocks.") else None
 
     def costs(self, segments: int = 1) -> Costs:

@@ -47,7 +47,7 @@ class PlainModel(HarmonicRNN):
     def apply(
         self, weights: Any, inputs: Inputs, state: State, *, rng: Dropout | None = None, axis: str | None = None
     ) -> tuple[jax.Array, State]:
-        """Logits [batch, time, 1, num_levels] of a segment, and the state after it."""
+        """The outputs of a segment, [batch, time, 1, ...], and the state after it."""
         if axis is not None:
             raise UserError("the plain model cannot cut a sequence over devices: set mesh.seq=1, or --nobaseline")
         config, tokens = self.config, inputs["tokens"].astype(jnp.int32)
@@ -85,11 +85,11 @@ class PlainModel(HarmonicRNN):
             0,
             dropout(self._embedded(weights, before), config.embedding_dropout, rng, 2 * self.num_blocks, self.multiple),
         )
-        logits = self.head.bind(weights["head"])(x)[:, :, None]
-        return logits, State(state.position, tokens[:, -1], self.join(hidden), tuple(pending[::-1]), state.collected)
+        outputs = self._outputs(self.head.bind(weights["head"])(x), before[..., 0])
+        return outputs, State(state.position, tokens[:, -1], self.join(hidden), tuple(pending[::-1]), state.collected)
 
     def step(self, weights: Any, inputs: Inputs, state: State) -> tuple[jax.Array, State]:
-        """Logits [batch, 1, 1, num_levels] of the next sample, and the state."""
+        """The outputs of the next sample, [batch, 1, 1, ...], and the state."""
         factors = self.config.pool_factors
         hidden = dict(self.cut(state.hidden))
         pending, collected = list(state.pending), list(state.collected)
@@ -122,9 +122,9 @@ class PlainModel(HarmonicRNN):
             return run(f"up_{i}", x + due[:, None], active)
 
         x = level(0, self._embedded(weights, state.last[:, None]), jnp.bool_(True))
-        logits = self.head.bind(weights["head"])(x)[:, :, None]
+        outputs = self._outputs(self.head.bind(weights["head"])(x), state.last)
         position = (state.position + 1) % self.multiple
-        return logits, State(position, state.last, self.join(hidden), tuple(pending), tuple(collected))
+        return outputs, State(position, state.last, self.join(hidden), tuple(pending), tuple(collected))
 
     def sampler(self) -> base.Sampler:  # type: ignore[override]
         """The default: weights and states as they are."""

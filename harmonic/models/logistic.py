@@ -1,0 +1,47 @@
+"""Tokens as a mixture of logistic distributions, cut into the tokens' cells: their likelihood.
+
+Salimans et al. (arXiv 1701.05517, section 2.1). Token k of n is the cell from -1 + 2 k / n to -1 + 2 (k + 1) / n; the
+first and the last cell reach to infinity, so the probabilities add up to 1. A component's probability of a cell with
+edges a < b is sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - exp(a - b)), which loses no digit in logarithms.
+
+Outputs are [..., 3 * components]: the weights' logits, the centres in [-1, 1], the logarithms of the scales.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from harmonic.models import categorical
+
+
+def log_prob(outputs: jax.Array, tokens: jax.Array, num_levels: int) -> jax.Array:
+    """Log-likelihood in nats, [batch, time], of tokens [batch, time, channels] under outputs [batch, time, channels,
+    3 * components]."""
+    return _log_prob(outputs, tokens, num_levels).sum(-1)
+
+
+def logits(outputs: jax.Array, num_levels: int) -> jax.Array:
+    """The log-probability of each token, [..., num_levels]."""
+    return _log_prob(
+        outputs[..., None, :], jnp.arange(num_levels).reshape((1,) * (outputs.ndim - 1) + (-1,)), num_levels
+    )
+
+
+def sample(
+    outputs: jax.Array, uniform: jax.Array, num_levels: int, *, temperature: float = 1.0, top_p: float = 1.0
+) -> jax.Array:
+    """As `categorical.sample`, from outputs [batch, 1, channels, 3 * components]."""
+    return categorical.sample(logits(outputs, num_levels), uniform, temperature=temperature, top_p=top_p)
+
+
+def _log_prob(outputs: jax.Array, tokens: jax.Array, num_levels: int) -> jax.Array:
+    weights, centres, log_scales = jnp.split(outputs, 3, axis=-1)
+    tokens = tokens[..., None].astype(jnp.int32)
+    rate = jnp.exp(-log_scales)
+    width = 2 / num_levels * rate
+    low = (tokens.astype(outputs.dtype) * (2 / num_levels) - 1 - centres) * rate
+    below = jnp.where(tokens == num_levels - 1, 0, -jax.nn.softplus(-(low + width)))  # log sigmoid of the upper edge
+    above = jnp.where(tokens == 0, 0, -jax.nn.softplus(low))
+    between = jnp.where((tokens == 0) | (tokens == num_levels - 1), 0, jnp.log(-jnp.expm1(-width)))
+    return jax.nn.logsumexp(weights + below + above + between, axis=-1) - jax.nn.logsumexp(weights, axis=-1)
