@@ -9,7 +9,7 @@ Many small steps: at an equal number of samples, 900 steps of 4 x 4,000 end a qu
 """
 
 from harmonic import models
-from harmonic.config import Config, DataConfig, EvaluateConfig, GenerateConfig, TrainConfig
+from harmonic.config import Config, DataConfig, EvaluateConfig, GenerateConfig, Stage, TrainConfig
 
 
 def get_config() -> Config:
@@ -17,17 +17,21 @@ def get_config() -> Config:
     return Config(
         name="demo",
         model=models.reduced().config,
-        data=DataConfig(dataset="demo", encoding="mu_law", window_length=2_000),
+        data=DataConfig(dataset="demo", encoding="mu_law", window_length=256),
         train=TrainConfig(
-            steps=1_800,
-            global_batch_size=4,
+            steps=4_400,
+            global_batch_size=8,
+            stages=(Stage(start=3_300, window_length=1_024, global_batch_size=2),),
+            optimizer="muon",
             learning_rate=0.008,
+            schedule="linear",
             warmup_steps=50,
             ema_decay=0.99,
             ema_debias=True,
-            validate_every=300,
-            checkpoint_every=300,
-            sample_every=600,
+            validate_every=1_100,
+            checkpoint_every=1_100,
+            validation_recordings=3,
+            sample_every=2_200,
         ),
         evaluate=EvaluateConfig(batch_size=6),
         generate=GenerateConfig(num_samples=4, seconds=4.0, num_continuations=2, prompt_seconds=2.0),

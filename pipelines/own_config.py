@@ -12,8 +12,9 @@ from pipelines.beam.storage import read_file, remove_file, write_file
 from pipelines.sources.layouts import DATA_SETS
 
 CONFIG_NAME = "config.py"
-_AT_ONCE = 16_000  # samples of 256 levels that are held at once, in all windows of a batch together
-_TO_SEE = 40_000_000  # samples of a training run: some ten minutes on two CPU cores
+_AT_ONCE = 16_000  # samples of a recording that evaluation holds at once
+_TO_SEE = 28_000_000  # samples of a training run: some ten minutes on two CPU cores
+_WINDOW, _LATER, _BATCH = 256, 1_024, 8  # short windows for three quarters of the steps, then longer and fewer ones
 _TO_VALIDATE = 2_000_000  # samples
 _TEMPLATE = '''"""A reduced {model} on {recordings:,} recordings of one's own ({hours:.2f} hours to train on).
 
@@ -25,7 +26,7 @@ like: a config that was changed is left as it is when the data set is prepared a
 ModelConfig() alone, its recipe in configs/beethoven.py.
 """
 
-from harmonic.config import Config, DataConfig, EvaluateConfig, GenerateConfig, ModelConfig, TrainConfig
+from harmonic.config import Config, DataConfig, EvaluateConfig, GenerateConfig, ModelConfig, Stage, TrainConfig
 
 
 def get_config() -> Config:
@@ -39,13 +40,15 @@ def get_config() -> Config:
             dataset="{name}",
             encoding="{encoding}",
             num_levels={levels:_},
-            window_length={window:_},{hop}
+            window_length={window:_},
         ),
         train=TrainConfig(
             steps={steps:_},
             global_batch_size={batch},
-            segment_length={segment:_},
+            stages={stages},
+            optimizer="muon",
             learning_rate=0.008,
+            schedule="linear",
             warmup_steps=50,
             ema_decay=0.99,
             ema_debias=True,
@@ -53,7 +56,7 @@ def get_config() -> Config:
             checkpoint_every={every},
             validation_recordings={validation},
         ),
-        evaluate=EvaluateConfig(batch_size={evaluate_batch}, segment_length={at_once:_}),
+        evaluate=EvaluateConfig(batch_size=16, segment_length={at_once:_}),
         generate=GenerateConfig(
             num_samples=4, seconds={seconds}, num_continuations={continuations}, prompt_seconds={prompt}
         ),
@@ -64,38 +67,36 @@ def get_config() -> Config:
 def config_text(manifest: Manifest) -> str:
     """The text of a data set's config.py: the same manifest always gives the same text.
 
-    Windows are the data set's own, or as long as its longest recording where that is shorter; batches, segments and
-    steps are such that training takes minutes on two CPU cores.
+    Windows are short, and longer at the end, as in configs/sc09_small.py, whatever the data set's own are; training
+    takes minutes on two CPU cores.
     """
     model = models.reduced()
     multiple = model.config.multiple
     train, validation, test = (manifest.splits[split] for split in ("train", "validation", "test"))
     longest = max(shard.longest for shard in train.shards) or manifest.window_length
-    window = min(manifest.window_length, longest)
-    at_once = max(_AT_ONCE * 256 // max(manifest.num_levels, 256) // multiple, 40) * multiple
-    batch = min(max(at_once // window, 1), 32)
-    steps = min(max(_TO_SEE // (batch * window), 400), 2_400)
+    window = min(_WINDOW, longest)
+    later = min(_LATER, longest // multiple * multiple)
+    steps = _TO_SEE // (_BATCH * _WINDOW)
+    fewer = max(_BATCH * window // max(later, 1), 1)
+    stage = f"Stage(start={3 * steps // 4:_}, window_length={later:_}, global_batch_size={fewer})"
     seconds = min(4.0, max(shard.longest for shard in test.shards) / manifest.sample_rate or 4.0)
     few = validation.samples > _TO_VALIDATE
-    hop = f"\n            hop_length={manifest.hop_length:_}," if manifest.hop_length != manifest.window_length else ""
     return _TEMPLATE.format(
         model=model.config.about.name,
         sizes=model.source(),
         name=manifest.dataset,
         recordings=train.recordings,
         hours=train.samples / manifest.sample_rate / 3600,
-        minutes=max(1, round(steps * batch * window / model.trained_per_minute)),
+        minutes=max(1, round(steps * _BATCH * window / model.trained_per_minute)),
         encoding=manifest.encoding,
         levels=manifest.num_levels,
         window=window,
-        hop=hop if window == manifest.window_length else "",
         steps=steps,
-        batch=batch,
-        segment=at_once if window > at_once else 0,
+        batch=_BATCH,
+        stages=f"({stage},)" if later > window else "()",
         every=max(steps // 6, 1),
         validation=max(validation.recordings * _TO_VALIDATE // validation.samples, 1) if few else 0,
-        at_once=at_once,
-        evaluate_batch=min(max(_AT_ONCE * 16 * 256 // (manifest.num_levels * at_once), 1), 16),
+        at_once=_AT_ONCE // multiple * multiple,
         seconds=max(round(seconds, 3), 0.002),
         continuations=min(test.recordings, 2),
         prompt=max(round(seconds / 2, 3), 0.001),

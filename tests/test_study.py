@@ -31,7 +31,7 @@ HOSTILE = "<script>alert('x')</script>|\"&amp; </style>"
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", ["datasets", "embedding", "groups", "pooling"])
+@pytest.mark.parametrize("name", ["datasets", "embedding", "groups", "pooling", "recipe"])
 def test_runs_of_a_study_differ_in_one_thing(name, size):
     study = load_study(name, size)
     assert name in study_names() and study.name == name
@@ -40,6 +40,7 @@ def test_runs_of_a_study_differ_in_one_thing(name, size):
         "pooling": {"model"},
         "embedding": {"model"},
         "datasets": {"data", "train", "evaluate"},
+        "recipe": {"model", "data", "train"},
     }
     first, *others = (run.config for run in study.runs)
     for config in others:
@@ -47,6 +48,19 @@ def test_runs_of_a_study_differ_in_one_thing(name, size):
                      if getattr(config, part) != getattr(first, part)}  # fmt: skip
         assert differing and differing <= parts[name]
     assert len({run.config.name for run in study.runs}) == len(study.runs)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_runs_of_the_recipe_see_as_many_samples(size):
+    def samples(config):
+        starts = [0, *(stage.start for stage in config.train.stages), config.train.steps]
+        stages = [config.at(start) for start in starts[:-1]]
+        each = [stage.train.global_batch_size * stage.data.window_length for stage in stages]
+        return sum(n * (stop - start) for n, start, stop in zip(each, starts, starts[1:], strict=True))
+
+    runs = {run.name: run.config for run in load_study("recipe", size).runs}
+    for config in runs.values():
+        assert samples(config) == pytest.approx(samples(runs["found"]), rel=1e-3)
 
 
 def parameters(config):
