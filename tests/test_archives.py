@@ -19,8 +19,8 @@ from archives import PACK, sc09, tar_bytes, wav, write_folder, write_zip, zip_by
 from hub_server import Fault, Hub
 
 from harmonic.errors import UserError
+from harmonic.sound.level import Extent
 from pipelines import limits
-from pipelines.audio.level import Extent
 from pipelines.audio.waveform import measure
 from pipelines.errors import Unreadable
 from pipelines.sources import open_source, remote, tar

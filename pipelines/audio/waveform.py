@@ -15,10 +15,10 @@ from typing import BinaryIO, cast
 import numpy as np
 
 from harmonic import loudness
+from harmonic.sound.decode import check_disk, decode
+from harmonic.sound.level import Extent
+from harmonic.sound.resample import mono
 from pipelines.audio import quantise
-from pipelines.audio.decode import check_disk, decode
-from pipelines.audio.level import Extent
-from pipelines.audio.resample import mono
 from pipelines.errors import Unreadable, scratch_errors
 from pipelines.limits import SPOOL_BYTES
 
@@ -67,6 +67,7 @@ class Waveform:
       low, high: the samples that are quantised as -1 and 1.
       source_rate: Hz.
       level: root mean square of the kept samples, in dB below full scale (-200 for silence).
+      notes: what is not as the file says, each a clause whose subject is the file.
       cut: numbers of samples that trimming leaves out at the front and at the back.
       gain: what loudness normalisation multiplies the samples by before they are quantised on the scale of [-1, 1];
         None quantises them by their own minimum and maximum.
@@ -78,6 +79,7 @@ class Waveform:
     high: float
     source_rate: int
     level: float
+    notes: tuple[str, ...] = ()
     cut: tuple[int, int] = (0, 0)
     gain: float | None = None
 
@@ -132,10 +134,10 @@ def measure(file: BinaryIO, *, trim_silence: float | None = None, loudness: floa
 
 
 def _measure(file: BinaryIO, trim_silence: float | None, target: float | None) -> Waveform:
-    rate, blocks = decode(file)
+    sound = decode(file)
     samples, whole = _Samples(), Extent()
     try:
-        for block in mono(blocks, rate):
+        for block in mono(sound.blocks, sound.rate):
             if len(block):
                 whole.add(block)
                 samples.append(block)
@@ -144,7 +146,7 @@ def _measure(file: BinaryIO, trim_silence: float | None, target: float | None) -
             raise Unreadable("holds no samples")
         if whole.high - whole.low > np.finfo(np.float32).max:
             raise Unreadable(f"holds samples that are too large ({whole.low:g} to {whole.high:g})")
-        waveform = Waveform(samples, whole.length, whole.low, whole.high, rate, whole.level)
+        waveform = Waveform(samples, whole.length, whole.low, whole.high, sound.rate, whole.level, tuple(sound.notes))
         if trim_silence is not None:
             _trim(waveform, trim_silence)
         if target is not None:
