@@ -142,8 +142,15 @@ def manifest_lines(manifest: Manifest, folder: str) -> list[str]:
 
 
 def skipped_lines(manifest: Manifest, limit: int = 10) -> list[str]:
-    """The skipped recordings with the reasons, as lines of text."""
-    lines = [f"skipped {one_line(s.recording)} ({s.split}): {s.reason}" for s in manifest.skipped[:limit]]
-    if len(manifest.skipped) > limit:
-        lines.append(f"skipped {len(manifest.skipped) - limit:,} more; manifest.json lists them all")
+    """What was skipped, noted and left out, with the reasons, as lines of text."""
+    skipped = [f"skipped {one_line(s.recording)} ({s.split}): {s.reason}" for s in manifest.skipped]
+    noted = [f"noted {one_line(n.recording)} ({n.split}): {n.note}" for n in manifest.noted]
+    lines = []
+    for kind, all_lines in (("skipped", skipped), ("noted", noted)):
+        lines += all_lines[:limit]
+        if len(all_lines) > limit:
+            lines.append(f"{kind} {len(all_lines) - limit:,} more; manifest.json lists them all")
+    if manifest.left_out:
+        parts = [f"{out.files:,} {out.reason} ({one_line(out.example)})" for out in manifest.left_out]
+        lines.append(f"left out: {'; '.join(parts)}")
     return lines

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import apache_beam as beam
 
 from harmonic.errors import UserError, one_line
-from harmonic.records import SPLITS, Manifest, Record, Recording, Skipped, Split
+from harmonic.records import SPLITS, Manifest, Noted, Record, Recording, Skipped, Split
 from pipelines.audio.waveform import measure
 from pipelines.beam.progress import Meter
 from pipelines.beam.sharding import ShardRows
@@ -52,13 +52,14 @@ class WriteShard(beam.DoFn):
 
     def process(self, element: ShardRows) -> Iterator[WrittenShard]:
         split, index, rows = element
-        skipped = []
+        skipped, noted = [], []
         m = self._manifest
         meter = Meter(self._progress)
         with ShardWriter(self._folder, self._run, m.window_length, m.hop_length) as writer:
             for recording, label, size in rows:
                 try:
-                    self._write(writer, recording, label, meter)
+                    notes = self._write(writer, recording, label, meter)
+                    noted += [Noted(recording, split, note) for note in notes]
                     meter.add("recordings")
                 except Unreadable as error:
                     skipped.append(Skipped(recording, split, str(error)))
@@ -70,9 +71,10 @@ class WriteShard(beam.DoFn):
             name = shard_name(split, index, self._counts[split])
             shard, staged = writer.stage(name)
         self._flushing.append(self._flusher.submit(flush_staged, self._folder, staged))
-        yield WrittenShard(split, shard, staged, tuple(skipped))
+        yield WrittenShard(split, shard, staged, tuple(skipped), tuple(noted))
 
-    def _write(self, writer: ShardWriter, recording: str, label: str | None, meter: Meter) -> None:
+    def _write(self, writer: ShardWriter, recording: str, label: str | None, meter: Meter) -> tuple[str, ...]:
+        """Returns notes on the recording."""
         m = self._manifest
         with (
             self._source.open(recording) as file,
@@ -100,6 +102,7 @@ class WriteShard(beam.DoFn):
                     cut_back=waveform.cut[1],
                 )
             )
+            return waveform.notes
 
 
 class Publish(beam.DoFn):
@@ -135,7 +138,7 @@ class Publish(beam.DoFn):
 
 
 def assemble(manifest: Manifest, written: list[WrittenShard]) -> Manifest:
-    """The manifest with its splits and skipped recordings filled in."""
+    """The manifest with its splits, skipped recordings and notes filled in."""
     splits = {}
     for split in SPLITS:
         shards = tuple(shard.shard for shard in written if shard.split == split)
@@ -147,7 +150,9 @@ def assemble(manifest: Manifest, written: list[WrittenShard]) -> Manifest:
         )
     skipped = [skipped for shard in written for skipped in shard.skipped]
     skipped.sort(key=lambda skipped: (SPLITS.index(skipped.split), skipped.recording))
-    return dataclasses.replace(manifest, splits=splits, skipped=tuple(skipped))
+    noted = [noted for shard in written for noted in shard.noted]
+    noted.sort(key=lambda noted: (SPLITS.index(noted.split), noted.recording))
+    return dataclasses.replace(manifest, splits=splits, skipped=tuple(skipped), noted=tuple(noted))
 
 
 def check_skipped(manifest: Manifest, complete: bool) -> None:
