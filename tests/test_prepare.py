@@ -101,13 +101,13 @@ def test_the_same_bytes_from_zip_and_folder_and_two_processes(tmp_path):
     archive, folder = write_zip(tmp_path / "a.zip", files), write_folder(tmp_path / "f", files)
     outputs = []
     for i, (source, options) in enumerate(
-        [(archive, ()), (folder, ()), (folder / "tape", ()), (archive, TWO_PROCESSES), (archive, ())]
+        [(archive, ()), (folder, ()), (folder, ()), (archive, TWO_PROCESSES), (archive, ())]
     ):
         spec = PrepareSpec("mine", str(source), str(tmp_path / str(i)), num_shards=4)
         manifest = build.prepare(spec, options)
         outputs.append((manifest, shards_of(spec.folder)))
         assert manifest == records.load_manifest(spec.folder)
-        assert [s.recording for s in manifest.skipped] == ["0/bad.wav"]
+        assert [s.recording for s in manifest.skipped] == ["tape/0/bad.wav"]
     assert len(outputs[0][1]) > 8
     for _, shards in outputs[1:]:
         assert shards == outputs[0][1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import apache_beam as beam
 
@@ -16,6 +16,7 @@ from pipelines.beam.sharding import ShardRows
 from pipelines.beam.sink import ShardWriter, WrittenShard, clear, flush_staged, publish, shard_name
 from pipelines.errors import Unreadable, scratch_errors
 from pipelines.sources.base import Source
+from pipelines.sources.layouts import DATA_SETS
 
 
 class WriteShard(beam.DoFn):
@@ -126,7 +127,7 @@ class Publish(beam.DoFn):
         written = sorted({shard.shard.file: shard for shard in shards}.values(), key=lambda s: s.shard.file)
         manifest = assemble(self._manifest, written)
         check_skipped(manifest, self._complete)
-        check_counts(manifest, self._listed)
+        check_counts(manifest, self._listed, self._manifest.skipped)
         files = [
             (path, name)
             for shard in written
@@ -148,7 +149,7 @@ def assemble(manifest: Manifest, written: list[WrittenShard]) -> Manifest:
             samples=sum(shard.samples for shard in shards),
             shards=shards,
         )
-    skipped = [skipped for shard in written for skipped in shard.skipped]
+    skipped = [*manifest.skipped, *(skipped for shard in written for skipped in shard.skipped)]
     skipped.sort(key=lambda skipped: (SPLITS.index(skipped.split), skipped.recording))
     noted = [noted for shard in written for noted in shard.noted]
     noted.sort(key=lambda noted: (SPLITS.index(noted.split), noted.recording))
@@ -171,17 +172,22 @@ def check_skipped(manifest: Manifest, complete: bool) -> None:
     for name, split in manifest.splits.items():
         if not split.recordings:
             reason = next((f": {one_line(s.recording)} {s.reason}" for s in skipped if s.split == name), "")
-            raise UserError(f"none of the recordings of split {name} can be read{reason}; give other recordings")
+            way_out = (
+                "" if complete or manifest.dataset in DATA_SETS else ", or --allow_skipped to split the others anew"
+            )
+            raise UserError(
+                f"none of the recordings of split {name} can be read{reason}; give other recordings{way_out}"
+            )
 
 
-def check_counts(manifest: Manifest, listed: dict[str, int]) -> None:
-    """Checks that every listed recording was written or skipped, once.
+def check_counts(manifest: Manifest, listed: dict[str, int], before: Collection[Skipped] = ()) -> None:
+    """Checks that every listed recording was written or skipped, once; those in `before` were not listed.
 
     Raises:
       UserError: the runner lost or doubled recordings.
     """
     for name, split in manifest.splits.items():
-        found = split.recordings + sum(skipped.split == name for skipped in manifest.skipped)
+        found = split.recordings + sum(skipped.split == name for skipped in manifest.skipped if skipped not in before)
         if found != listed[name]:
             raise UserError(
                 f"the runner lost recordings of split {name}: {found} came out of {listed[name]}; use another --runner"
