@@ -151,6 +151,6 @@ def skipped_lines(manifest: Manifest, limit: int = 10) -> list[str]:
         if len(all_lines) > limit:
             lines.append(f"{kind} {len(all_lines) - limit:,} more; manifest.json lists them all")
     if manifest.left_out:
-        parts = [f"{out.files:,} {out.reason} ({one_line(out.example)})" for out in manifest.left_out]
+        parts = [f"{out.reason}: {out.files:,} ({one_line(out.example)})" for out in manifest.left_out]
         lines.append(f"left out: {'; '.join(parts)}")
     return lines

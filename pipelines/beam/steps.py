@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 
 import apache_beam as beam
 
+from harmonic.audio import PUBLISHED
 from harmonic.errors import UserError, one_line
 from harmonic.records import SPLITS, Manifest, Noted, Record, Recording, Skipped, Split
 from pipelines.audio.waveform import measure
@@ -79,7 +80,9 @@ class WriteShard(beam.DoFn):
         m = self._manifest
         with (
             self._source.open(recording) as file,
-            measure(file, trim_silence=m.trim_silence, loudness=m.loudness) as waveform,
+            measure(
+                file, trim_silence=m.trim_silence, loudness=m.loudness, published=m.dataset in PUBLISHED
+            ) as waveform,
         ):
             records = 0
             with scratch_errors():
