@@ -24,13 +24,13 @@ import soundfile
 
 from harmonic import audio, files, loudness
 from harmonic.errors import UserError
-from harmonic.generate import generate
+from harmonic.generate import LONGEST, generate
 from harmonic.metrics import Progress
 from harmonic.models.base import Model
 from harmonic.records import Manifest
 from harmonic.sound.whole import read_sound
 
-LONGEST = 2**31 - 2**16  # samples of a stream: positions are int32
+_OPEN_FILES = 256  # streams that `Voice.write` makes side by side: systems allow some 1,000 open files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,17 +242,21 @@ class Voice:
                 left.unlink()
         paths = [folder / f"{kind}_{i:04d}.wav" for i in range(num_samples)]
         partial = [path.with_name(f"{path.name}.partial") for path in paths]
-        nats, rate = np.zeros(num_samples), self.codec.sample_rate
-        with audio.wav_errors(folder), contextlib.ExitStack() as stack:
-            sounds = [
-                stack.enter_context(soundfile.SoundFile(path, "w", rate, 1, subtype="PCM_16", format="WAV"))
-                for path in partial
-            ]
-            with _progress(kind, (length - given) * num_samples) as progress:
-                for piece in self.pieces(length, num_samples=num_samples, prompt=tokens, progress=progress, **settings):
-                    for sound, waveform in zip(sounds, piece.sound, strict=True):
-                        sound.write(waveform)
-                    nats += piece.nats
+        nats, rate, first = np.zeros(num_samples), self.codec.sample_rate, settings.pop("first_stream", 0)
+        with audio.wav_errors(folder), _progress(kind, (length - given) * num_samples) as progress:
+            for start in range(0, num_samples, _OPEN_FILES):
+                group = slice(start, min(start + _OPEN_FILES, num_samples))
+                settings |= {"num_samples": group.stop - start, "first_stream": first + start, "progress": progress}
+                prompt = tokens[group] if tokens is not None and tokens.ndim == 3 else tokens
+                with contextlib.ExitStack() as stack:
+                    sounds = [
+                        stack.enter_context(soundfile.SoundFile(path, "w", rate, 1, subtype="PCM_16", format="WAV"))
+                        for path in partial[group]
+                    ]
+                    for piece in self.pieces(length, prompt=prompt, **settings):
+                        for sound, waveform in zip(sounds, piece.sound, strict=True):
+                            sound.write(waveform)
+                        nats[group] += piece.nats
         with files.write_errors(folder):
             for source, path in zip(partial, paths, strict=True):
                 os.replace(source, path)

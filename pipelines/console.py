@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -69,6 +70,9 @@ class ProgressLine:
 
 def guarded(main: Callable[[Sequence[str], ProgressLine], int], argv: Sequence[str], unit: str = "recordings") -> int:
     """Runs a main; returns its exit status, or 2 for a UserError, or 130 for an interrupt."""
+    for stream in (sys.stdout, sys.stderr):  # names of files that the terminal's encoding does not have
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     line = ProgressLine(sys.stderr, unit)
     try:
         return main(argv, line)

@@ -11,8 +11,7 @@ from harmonic.audio import SAMPLE_RATE
 
 
 def mono(blocks: Iterator[np.ndarray], rate: int, target: int = SAMPLE_RATE) -> Iterator[np.ndarray]:
-    """Mixes float32 blocks [time, channels] by their mean, and resamples them by soxr's HQ: blocks [time] at `target`
-    Hz.
+    """Mixes float32 blocks [time, channels] by their mean, resampled by soxr's HQ to `target` Hz: blocks [time].
 
     At that rate nothing is resampled. The samples do not depend on where the blocks are cut.
     """
