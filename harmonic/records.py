@@ -290,11 +290,8 @@ class Manifest:
             },
             splits={name: _split(splits, name) for name in splits},
             skipped=tuple(_row(Skipped, row) for row in _field(raw, "skipped", list)),
-            **{
-                name: tuple(_row(kind, row) for row in _field(raw, name, list))
-                for name, kind in _OPTIONAL.items()
-                if name in raw
-            },
+            noted=tuple(_row(Noted, row) for row in _field({"noted": [], **raw}, "noted", list)),
+            left_out=tuple(_row(LeftOut, row) for row in _field({"left_out": [], **raw}, "left_out", list)),
         )
         if set(manifest.splits) != set(SPLITS):
             raise ValueError(f"splits are {sorted(manifest.splits)}, not {sorted(SPLITS)}")
@@ -371,7 +368,7 @@ def index_line(recording: Recording) -> bytes:
     return _INDEX_LINE.encode(vars(recording)).encode() + b"\n"
 
 
-_OPTIONAL: dict[str, type] = {"noted": Noted, "left_out": LeftOut}
+_OPTIONAL = ("noted", "left_out")
 _INDEX_LINE = json.JSONEncoder(separators=(",", ":"))
 
 _TYPES: dict[str, type | tuple[type, ...]] = {

@@ -247,13 +247,13 @@ class Voice:
             for start in range(0, num_samples, _OPEN_FILES):
                 group = slice(start, min(start + _OPEN_FILES, num_samples))
                 settings |= {"num_samples": group.stop - start, "first_stream": first + start, "progress": progress}
-                prompt = tokens[group] if tokens is not None and tokens.ndim == 3 else tokens
+                begun = tokens[group] if tokens is not None and tokens.ndim == 3 else tokens
                 with contextlib.ExitStack() as stack:
                     sounds = [
                         stack.enter_context(soundfile.SoundFile(path, "w", rate, 1, subtype="PCM_16", format="WAV"))
                         for path in partial[group]
                     ]
-                    for piece in self.pieces(length, prompt=prompt, **settings):
+                    for piece in self.pieces(length, prompt=begun, **settings):
                         for sound, waveform in zip(sounds, piece.sound, strict=True):
                             sound.write(waveform)
                         nats[group] += piece.nats

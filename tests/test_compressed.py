@@ -82,6 +82,39 @@ def test_mp3_in_a_wav_file(claim):
     assert rate == 16_000 and notes == [] and 64_000 <= len(samples) < 64_000 + 3 * 1_152
 
 
+def test_pcm_of_more_than_4_gib_is_for_ffmpeg():
+    """Its size does not fit into the header: FFmpeg reads to the end of the file, libsndfile would stop at 4 GiB."""
+    data = encoded(noise(20_000), subtype="PCM_24")
+    at = data.index(b"data") + 4
+    head = decode.read_head(io.BytesIO(data))._replace(patch=(at, b"\xff" * 4))
+    rate, blocks = decode._open(io.BytesIO(data[:at] + b"\1\0\0\0" + data[at + 4 :]), head, [])
+    assert rate == 16_000
+    np.testing.assert_array_equal(np.concatenate(list(blocks)), by_libsndfile(data))
+
+
+@pytest.mark.parametrize("kind", ["MP3 in WAV", "m4a", "MP3"])
+def test_files_of_a_disk_are_read_as_those_in_memory(tmp_path, kind):
+    """libsndfile looks at them first, through the file's descriptor."""
+    format, codec = {"MP3 in WAV": ("wav", "libmp3lame"), "m4a": ("mp4", "aac"), "MP3": ("mp3", "libmp3lame")}[kind]
+    data = by_ffmpeg(noise(200_000), 16_000, format, codec, b="64000")
+    for content in (data, b"\0" * 700 + data):
+        (tmp_path / "a").write_bytes(content)
+        with open(tmp_path / "a", "rb") as file:
+            if kind != "MP3" and content is not data:
+                continue
+            np.testing.assert_array_equal(np.concatenate(list(decode.decode(file).blocks)), whole(content)[1])
+
+
+def test_tags_may_be_in_any_encoding():
+    data = encoded(noise(20_000))
+    tag = b"ISFT" + struct.pack("<I", 4) + b"\xff\xe9\xfc\0"
+    tagged = bytearray(by_ffmpeg(noise(64_000), 16_000, "wav", "libmp3lame", b="48000"))
+    at = tagged.index(b"data")
+    tagged[at:at] = b"LIST" + struct.pack("<I", 4 + len(tag)) + b"INFO" + tag
+    assert len(whole(bytes(tagged))[1]) >= 64_000
+    assert len(whole(data + b"LIST" + struct.pack("<I", 4 + len(tag)) + b"INFO" + tag)[1]) == 20_000
+
+
 def test_a_flac_of_unknown_length():
     data = encoded(noise(50_000), format="FLAC")
     _, samples, notes = whole(of_unknown_length(data))

@@ -62,7 +62,9 @@ def _open(file: BinaryIO, head: Head, notes: list[str]) -> tuple[int, Iterator[n
     if head.patch:
         file = cast(BinaryIO, _Patched(file, *head.patch))
     audio, held, failed = None, cast(_Guard, interrupts_held), None
-    if not head.data.startswith(_MAGIC):
+    # FFmpeg takes the largest size for all that follows; libsndfile would read 4 GiB.
+    endless = head.patch is not None and set(head.patch[1]) == {0xFF}
+    if not endless and not head.data.startswith(_MAGIC):
         try:
             audio, held = _open_libsndfile(file)
         except Unreadable as error:
@@ -70,6 +72,8 @@ def _open(file: BinaryIO, head: Head, notes: list[str]) -> tuple[int, Iterator[n
         else:
             if audio.subtype in _PCM and audio.format not in _COMPRESSED:
                 return audio.samplerate, _libsndfile_blocks(audio, head.size, held, notes)
+    if isinstance(file, io.BufferedReader):  # its buffer does not know that libsndfile has moved the file's position
+        file = cast(BinaryIO, file.raw)
     try:
         found = open_ffmpeg(file, head, _BLOCK_VALUES, notes)
     except Unreadable as error:

@@ -43,8 +43,12 @@ class _Bytes:
         self.read, self.seek, self.tell = file.read, file.seek, file.tell
 
 
+class _OtherFile(Exception):
+    """A recording names another file."""
+
+
 def _refuse(url: str, *_: object) -> None:
-    raise PermissionError(f"a recording may not name another file, {url}")
+    raise _OtherFile("it names another file, which is not opened")
 
 
 def open_ffmpeg(file: BinaryIO, head: Head, block_values: int, notes: list[str]) -> tuple[int, Iterator[np.ndarray]]:
@@ -65,8 +69,9 @@ def open_ffmpeg(file: BinaryIO, head: Head, block_values: int, notes: list[str])
     options = {"format_whitelist": ",".join(_FORMATS), "codec_whitelist": ",".join(_CODECS)}
     try:
         with interrupts_held():
-            container: Any = av.open(_Bytes(file), options=options, io_open=_refuse)
-    except (av.FFmpegError, ValueError, PermissionError) as error:
+            # Tags may be in any encoding.
+            container: Any = av.open(_Bytes(file), options=options, io_open=_refuse, metadata_errors="replace")
+    except (av.FFmpegError, ValueError, _OtherFile) as error:
         raise Unreadable(f"is not audio that can be read: {_reason(error)}") from error
     decoder = _Decoder(container, head.size, block_values, notes)
     try:
@@ -120,7 +125,7 @@ class _Decoder:
                 except av.error.PatchWelcomeError:  # the next of joined Ogg streams is of another kind
                     self._changed = True
                     break
-                except av.FFmpegError as error:
+                except (av.FFmpegError, _OtherFile) as error:
                     raise Unreadable(f"cannot be decoded after {self._samples} samples: {_reason(error)}") from error
                 if packet is None:
                     break
@@ -186,7 +191,10 @@ def _claimed_samples(file: BinaryIO, head: Head, container: Any, stream: Any) ->
 
 def _float_samples(frame: Any) -> np.ndarray:
     """float32 [time, channels] in [-1, 1] of a decoded frame."""
-    raw = frame.to_ndarray()
+    try:
+        raw = frame.to_ndarray()
+    except ValueError as error:
+        raise Unreadable(f"cannot be decoded: {one_line(error)}") from error
     raw = raw.T if frame.format.is_planar else raw.reshape(frame.samples, -1)
     kind = raw.dtype.str[1:]
     if kind == "u1":
