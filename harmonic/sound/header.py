@@ -233,7 +233,7 @@ def mp3_samples(file: BinaryIO, head: bytes) -> int:
     """
     start = 0
     if head[:3] == b"ID3":
-        start = 10 + sum((byte & 127) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
+        start = 10 + sum((byte & 127) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=False))
     file.seek(start)
     frame = file.read(256)
     at = max(frame.find(b"Xing"), frame.find(b"Info"))
