@@ -97,7 +97,7 @@ def _check_kind(source: str, head: bytes) -> None:
             f"--source {source} is packed by {packed}, which is not read here; unpack it and give the folder, or make "
             "a zip or tar archive of it"
         )
-    if is_audio(source) or head.startswith((b"RIFF", b"fLaC", b"OggS", b"ID3")):
+    if not head.startswith(b"PK") and (is_audio(source) or head.startswith((b"RIFF", b"fLaC", b"OggS", b"ID3"))):
         raise UserError(
             f"--source {source} is one audio file, and at least three recordings are needed; cut it into several, and "
             "give their folder"
