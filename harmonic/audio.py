@@ -8,6 +8,7 @@ another precision, up to 6 % of the tokens of a very quiet recording differ.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -21,6 +22,8 @@ from harmonic.files import write_errors
 SAMPLE_RATE = 16_000  # Hz, of every published data set
 ENCODINGS = ("mu_law", "linear")
 MAX_LEVELS = 1 << 16
+PUBLISHED = ("sc09", "beethoven", "youtubemix")  # data sets whose figures are for the published scale, also of silence
+_SILENCE_DB = -90  # of full scale: the smallest step of 16 bits
 
 
 def token_dtype(num_levels: int) -> np.dtype:
@@ -32,6 +35,19 @@ def token_dtype(num_levels: int) -> np.dtype:
     if not 2 <= num_levels <= MAX_LEVELS:
         raise ValueError(f"num_levels must be between 2 and {MAX_LEVELS}, got {num_levels}")
     return np.dtype(np.uint8 if num_levels <= 256 else np.uint16)
+
+
+def no_sound(low: float, high: float) -> str:
+    """Why a recording between these extremes has nothing to scale up, a clause whose subject is the recording; or ``.
+
+    Scaled to its own extremes, silence would be a constant at full scale, and rounding noise would be loud noise.
+    """
+    if low == high:
+        return "holds no sound: all its samples are equal"
+    peak = max(abs(low), abs(high))
+    if peak < 10 ** (_SILENCE_DB / 20):
+        return f"holds no sound: its peak is {20 * math.log10(peak):.0f} dBFS"
+    return ""
 
 
 def encode(

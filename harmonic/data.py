@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import os
+import resource
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -35,6 +37,8 @@ from harmonic.records import (
     record_head,
     record_tokens,
 )
+
+_OTHER_FILES = 256  # that a process may have open besides shards
 
 
 class Split:
@@ -61,6 +65,7 @@ class Split:
         self._shards = shards
         self._readers: list[ArrayRecordReader | None] = [None] * len(shards)
         self._lock = threading.Lock()
+        _allow_open_files(folder, sum(len(split.shards) for split in manifest.splits.values()))
         for shard in shards:
             _check_records(folder, shard)
 
@@ -166,6 +171,24 @@ class Dataset:
                     f"{self.folder} was prepared with {name}={theirs}, but the config says data.{name}={ours}; "
                     f"use --set=data.{name}={theirs}, or prepare the data set again"
                 )
+
+
+def _allow_open_files(folder: Path, shards: int) -> None:
+    """Raises this process's limit of open files, since each shard stays open once it has been read.
+
+    Raises:
+      UserError: the system does not allow as many.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = len(os.listdir("/dev/fd")) + shards + _OTHER_FILES
+    if needed <= soft or soft == resource.RLIM_INFINITY:
+        return
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise UserError(
+            f"{folder} has {shards:,} shards, each an open file, and this system allows a process {hard:,} "
+            f"open files: raise that limit (ulimit -Hn), or prepare the data set with a smaller --num_shards"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _open(path: Path) -> ArrayRecordReader:

@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read, and the text of its one line."""
+"""The one exception that a user is meant to read, one for a single recording, and the text of their one line."""
 
 
 class UserError(Exception):
@@ -7,6 +7,10 @@ class UserError(Exception):
     The message is one line that names the thing and the way out. Mains print it without a stack trace and leave with
     exit status 2; any other exception is a fault of the program.
     """
+
+
+class Unreadable(Exception):
+    """One recording cannot be read; the message is the reason, in one line. The others may be fine."""
 
 
 def one_line(value: object) -> str:

@@ -63,7 +63,8 @@ def export_run(
     trained, manifest = run.weights(checkpoint, raw=raw), run.manifest
     arrays = {name: np.ascontiguousarray(leaf, np.float32) for name, leaf in pretrained.flatten(trained.params).items()}
     pretrained.check_finite(arrays, f"checkpoint {trained.step} of {workdir}")
-    model = Pretrained(trained.model, trained.params, trained.config, manifest.sample_rate, manifest.loudness)
+    scale = manifest.loudness, manifest.trim_silence
+    model = Pretrained(trained.model, trained.params, trained.config, manifest.sample_rate, *scale)
     content = safetensors.numpy.save(arrays)
     about: dict[str, Any] = {
         "format": FORMAT,
@@ -82,6 +83,7 @@ def export_run(
             "source": public_source(manifest.source),
             "fingerprint": manifest.fingerprint,
             "loudness": manifest.loudness,
+            "trim_silence": manifest.trim_silence,
         },
         "config": dataclasses.asdict(trained.config),
     }

@@ -26,6 +26,8 @@ from harmonic.errors import UserError
 from harmonic.kernels.target import platform
 from harmonic.models.base import Model, State
 
+LONGEST = 2**31 - 2**16  # samples of a stream: positions are int32
+_MAX_SEED = 2**32  # of what tells two seeds of JAX apart
 _PREFILL = 16_000  # samples of a prompt that are run through the parallel forward at a time
 # A core for itself, and Eigen's products, which have less to set up than YNNPACK's.
 _CPU_OPTIONS = {"xla_cpu_multi_thread_eigen": False, "xla_cpu_experimental_ynn_fusion_type": ""}
@@ -121,16 +123,22 @@ def generate(
       chunk: samples a chunk.
 
     Raises:
-      UserError: a batch, length, temperature or top_p that cannot be.
+      UserError: a batch, length, seed, temperature or top_p that cannot be.
     """
     for name, value, ok in (
         ("batch", batch, batch >= 1),
-        ("length", length, length >= 1),
+        ("length", length, 1 <= length <= LONGEST),
+        ("seed", seed, 0 <= seed < _MAX_SEED),
         ("temperature", temperature, 0 < temperature < float("inf")),
         ("top_p", top_p, 0 < top_p <= 1),
     ):
         if not ok:
-            allowed = {"temperature": "above 0", "top_p": "above 0 and at most 1"}.get(name, "at least 1")
+            allowed = {
+                "length": f"at least 1 and at most {LONGEST:,}",
+                "seed": f"at least 0 and below {_MAX_SEED:,}",
+                "temperature": "above 0",
+                "top_p": "above 0 and at most 1",
+            }.get(name, "at least 1")
             raise UserError(f"{name}={value} is impossible: it must be {allowed}")
     cores = _cores() if platform() == "cpu" else 1
     parts = np.array_split(np.arange(batch), min(batch, cores))

@@ -25,6 +25,7 @@ import safetensors
 import safetensors.numpy
 
 from harmonic import files, hub, models
+from harmonic.audio import PUBLISHED
 from harmonic.config import Config, from_dict
 from harmonic.errors import UserError
 from harmonic.models.base import Model
@@ -45,6 +46,7 @@ class Pretrained:
       config: the run's.
       sample_rate: Hz.
       loudness: of its recordings in LUFS; None where each was scaled to its own minimum and maximum.
+      trim_silence: silence that was cut off at both ends, in dB below the loudest frame; None where it was left.
       about: `weights` and `data` of an export's config.json; empty for a run's folder.
     """
 
@@ -53,13 +55,15 @@ class Pretrained:
     config: Config
     sample_rate: int
     loudness: float | None = None
+    trim_silence: float | None = None
     about: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def voice(self) -> Voice:
         """The model with its codec, to generate sound."""
         data = self.config.data
-        return Voice(self.model, self.params, Codec(data.encoding, data.num_levels, self.sample_rate, self.loudness))
+        scale = self.loudness, self.trim_silence, data.dataset in PUBLISHED
+        return Voice(self.model, self.params, Codec(data.encoding, data.num_levels, self.sample_rate, *scale))
 
     def generate(
         self,
@@ -154,7 +158,8 @@ def _load_folder(folder: Path) -> Pretrained:
 def _load_run(workdir: Path) -> Pretrained:
     run = Run(workdir)
     trained, manifest = run.weights(), run.manifest
-    return Pretrained(trained.model, trained.params, trained.config, manifest.sample_rate, manifest.loudness)
+    scale = manifest.loudness, manifest.trim_silence
+    return Pretrained(trained.model, trained.params, trained.config, manifest.sample_rate, *scale)
 
 
 def read_export(folder: Path, *, again: str = "export it again") -> Pretrained:
@@ -170,8 +175,8 @@ def read_export(folder: Path, *, again: str = "export it again") -> Pretrained:
     about, config = read_config(folder / CONFIG)
     model = models.make(config.model, config.data.num_levels)
     params = _read_weights(folder / WEIGHTS, model, about["weights"]["sha256"], again)
-    rate, loudness = about["sample_rate"], about["data"]["loudness"]
-    return Pretrained(model, params, config, rate, loudness, {name: about[name] for name in ("weights", "data")})
+    scale = about["sample_rate"], about["data"]["loudness"], about["data"].get("trim_silence")  # not in old exports
+    return Pretrained(model, params, config, *scale, {name: about[name] for name in ("weights", "data")})
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], Config]:
@@ -192,11 +197,11 @@ def read_config(path: Path) -> tuple[dict[str, Any], Config]:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     rate, weights, data = raw.get("sample_rate"), raw.get("weights"), raw.get("data")
-    loudness = data.get("loudness") if isinstance(data, dict) else ""
+    scale = [data.get(name) if isinstance(data, dict) else "" for name in ("loudness", "trim_silence")]
     for name, value, ok in (
         ("sample_rate", rate, type(rate) is int and rate >= 1),
         ("weights", weights, isinstance(weights, dict) and isinstance(weights.get("sha256"), str)),
-        ("data", data, loudness is None or type(loudness) in (int, float)),
+        ("data", data, all(value is None or type(value) in (int, float) for value in scale)),
     ):
         if not ok:
             raise UserError(f"{path} is damaged: {name} is {value!r:.60}")

@@ -200,6 +200,24 @@ class Skipped:
 
 
 @dataclasses.dataclass(frozen=True)
+class Noted:
+    """A recording that was read, and what is not usual about it: a clause whose subject is the recording."""
+
+    recording: str
+    split: str
+    note: str
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftOut:
+    """How many files of the source are no recordings of the data set, why, and one of them."""
+
+    reason: str
+    files: int
+    example: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Manifest:
     """A data set's properties and contents.
 
@@ -218,6 +236,8 @@ class Manifest:
       split_rule: `default` (the source's own, or by hash), `hash` with the shares, or `lists` with their SHA-256.
       splits: by name, each of `SPLITS`.
       skipped: recordings that could not be read.
+      noted: recordings that were read and are not as they should be. These two are in the text only if there are any.
+      left_out: files that are no recordings, by reason.
     """
 
     dataset: str
@@ -236,10 +256,15 @@ class Manifest:
     split_rule: str
     splits: dict[str, Split]
     skipped: tuple[Skipped, ...] = ()
+    noted: tuple[Noted, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
     def to_json(self) -> str:
         """The text of manifest.json with its own checksum; the same manifest always gives the same text."""
         body = {"format": FORMAT, **dataclasses.asdict(self)}
+        for name in _OPTIONAL:
+            if not body[name]:
+                del body[name]
         checksum = hashlib.sha256(json.dumps(body, indent=2).encode()).hexdigest()
         return json.dumps({**body, "checksum": checksum}, indent=2) + "\n"
 
@@ -258,9 +283,15 @@ class Manifest:
             raw = {**raw, **before, "split_rule": "default"}
         splits = _field(raw, "splits", dict)
         manifest = cls(
-            **{f.name: _field(raw, f.name, _TYPES[str(f.type)]) for f in dataclasses.fields(cls)[:-2]},
+            **{
+                f.name: _field(raw, f.name, _TYPES[str(f.type)])
+                for f in dataclasses.fields(cls)
+                if str(f.type) in _TYPES
+            },
             splits={name: _split(splits, name) for name in splits},
             skipped=tuple(_row(Skipped, row) for row in _field(raw, "skipped", list)),
+            noted=tuple(_row(Noted, row) for row in _field({"noted": [], **raw}, "noted", list)),
+            left_out=tuple(_row(LeftOut, row) for row in _field({"left_out": [], **raw}, "left_out", list)),
         )
         if set(manifest.splits) != set(SPLITS):
             raise ValueError(f"splits are {sorted(manifest.splits)}, not {sorted(SPLITS)}")
@@ -337,6 +368,7 @@ def index_line(recording: Recording) -> bytes:
     return _INDEX_LINE.encode(vars(recording)).encode() + b"\n"
 
 
+_OPTIONAL = ("noted", "left_out")
 _INDEX_LINE = json.JSONEncoder(separators=(",", ":"))
 
 _TYPES: dict[str, type | tuple[type, ...]] = {

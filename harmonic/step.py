@@ -147,7 +147,7 @@ def make_loss_and_grad(model: Model, mesh: Mesh, accumulate: int = 1) -> Callabl
             (nats, grads), _ = jax.lax.scan(add, zero, parts)
         # grad() is taken of each shard's local sum; the psum comes after it, so its transpose never matters.
         nats, grads = jax.lax.psum((nats, grads), (meshes.DATA, meshes.SEQ))
-        count = jax.lax.psum(batch["length"].sum(), meshes.DATA)
+        count = jax.lax.psum(batch["length"].astype(nats.dtype).sum(), meshes.DATA)  # beyond int32
         to_bits = 1 / (math.log(2) * count.astype(nats.dtype))
         return nats * to_bits, jax.tree.map(lambda g: (g * to_bits).astype(g.dtype), grads)
 

@@ -21,17 +21,16 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import soundfile
-import soxr
 
-from harmonic import audio, files
+from harmonic import audio, files, loudness
 from harmonic.errors import UserError
-from harmonic.generate import generate
-from harmonic.loudness import gain
+from harmonic.generate import LONGEST, generate
 from harmonic.metrics import Progress
 from harmonic.models.base import Model
 from harmonic.records import Manifest
+from harmonic.sound.whole import read_sound
 
-LONGEST = 2**31 - 2**16  # samples of a stream: positions are int32
+_OPEN_FILES = 256  # streams that `Voice.write` makes side by side: systems allow some 1,000 open files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,17 +42,23 @@ class Codec:
       sample_rate: Hz.
       loudness: LUFS that its recordings were brought to, all on one scale; None where each was scaled to its own
         minimum and maximum.
+      trim_silence: silence at both ends that was cut off, in dB below the loudest frame; None where it was left.
+      published: whether recordings without sound were scaled to their own extremes, as the published data sets do.
     """
 
     encoding: str
     num_levels: int
     sample_rate: int
     loudness: float | None = None
+    trim_silence: float | None = None
+    published: bool = False
 
     @classmethod
     def of(cls, manifest: Manifest) -> Codec:
         """The codec of a prepared data set."""
-        return cls(manifest.encoding, manifest.num_levels, manifest.sample_rate, manifest.loudness)
+        m = manifest
+        published = m.dataset in audio.PUBLISHED
+        return cls(m.encoding, m.num_levels, m.sample_rate, m.loudness, m.trim_silence, published)
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """float32 [..., time] in [-1, 1] of tokens [..., time, 1]."""
@@ -62,12 +67,15 @@ class Codec:
     def encode(self, waveform: np.ndarray) -> np.ndarray:
         """Tokens [time, 1] of a whole recording, floats [time], scaled as the data set's recordings are."""
         sound = np.asarray(waveform, np.float32)
-        scale: dict[str, float] = {}
-        if self.loudness is not None:
-            factor = gain(lambda: iter([sound]), float(abs(sound).max()), self.loudness)
-            scale = {"low": -1.0, "high": 1.0}
-        levelled = sound if self.loudness is None else sound * np.float32(factor)
-        return audio.encode(levelled, self.encoding, num_levels=self.num_levels, **scale)[:, None]
+        low, high = float(sound.min()), float(sound.max())
+        factor = None
+        if audio.no_sound(low, high) and not self.published:
+            factor = 0.0
+        elif self.loudness is not None:
+            factor = loudness.gain(lambda: _blocks(sound), max(abs(low), abs(high)), self.loudness)
+        if factor is not None:
+            sound, low, high = sound * np.float32(factor), -1.0, 1.0
+        return audio.encode(sound, self.encoding, low=low, high=high, num_levels=self.num_levels)[:, None]
 
     def prompt(
         self,
@@ -80,9 +88,10 @@ class Codec:
         """Tokens of a prompt: those that it would have as a recording of the data set.
 
         Args:
-          prompt: an audio file, or floats [samples] or [num_samples, samples] at `sample_rate`.
+          prompt: a whole recording: an audio file, or floats [samples] or [num_samples, samples] at `sample_rate`.
+            Silence is trimmed where the data set's was, but not of several prompts side by side.
           num_samples: streams that continue it.
-          seconds: use only so much of a file.
+          seconds: use only the first tokens of it: the scale is that of the whole.
           resample: convert a file that has another sample rate.
 
         Returns:
@@ -92,7 +101,7 @@ class Codec:
           UserError: the prompt cannot be read, or has another sample rate or shape.
         """
         if isinstance(prompt, (str, os.PathLike)):
-            waveform = self._read(prompt, seconds, resample)
+            waveform = read_sound(prompt, self.sample_rate, resample=resample)
         else:
             waveform = np.asarray(prompt)
         shapes = (waveform.shape[-1:], (num_samples, *waveform.shape[-1:]))
@@ -101,22 +110,19 @@ class Codec:
             raise UserError(f"a prompt must be floats [samples] or [{num_samples}, samples], not {got}")
         if not np.isfinite(waveform).all():
             raise UserError("the prompt holds samples that are not finite (NaN or infinity)")
-        tokens = np.stack([self.encode(row) for row in np.atleast_2d(waveform)])
-        return tokens.reshape(*waveform.shape, 1)
+        if waveform.ndim == 1 and self.trim_silence is not None:
+            sound = np.asarray(waveform, np.float32)
+            waveform = sound[slice(*loudness.trim(lambda: _blocks(sound), len(sound), self.trim_silence))]
+        # The scale is found first: of a part, such as the silence before the sound, it would be another.
+        tokens = np.stack([self.encode(row) for row in np.atleast_2d(waveform)]).reshape(*waveform.shape, 1)
+        tokens = tokens if seconds is None else tokens[..., : int(seconds * self.sample_rate), :]
+        if not tokens.size:
+            raise UserError(f"{seconds} seconds of a prompt are less than a sample; give more")
+        return tokens
 
-    def _read(self, path: str | os.PathLike[str], seconds: float | None, resample: bool) -> np.ndarray:
-        waveform, rate = audio.read_audio(path)
-        if rate != self.sample_rate:
-            if not resample:
-                raise UserError(
-                    f"the prompt {path} is at {rate:,} Hz, but the model's audio is at {self.sample_rate:,} Hz; "
-                    "convert it, or give workflows.generate --resample_prompt"
-                )
-            waveform = soxr.resample(waveform, rate, self.sample_rate)
-        waveform = waveform[: int(seconds * self.sample_rate)] if seconds else waveform
-        if not len(waveform):
-            raise UserError(f"the prompt {path} is shorter than a sample; give a longer one")
-        return waveform
+
+def _blocks(sound: np.ndarray) -> Iterator[np.ndarray]:
+    return (sound[start : start + loudness.BLOCK] for start in range(0, len(sound), loudness.BLOCK))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,17 +242,21 @@ class Voice:
                 left.unlink()
         paths = [folder / f"{kind}_{i:04d}.wav" for i in range(num_samples)]
         partial = [path.with_name(f"{path.name}.partial") for path in paths]
-        nats, rate = np.zeros(num_samples), self.codec.sample_rate
-        with audio.wav_errors(folder), contextlib.ExitStack() as stack:
-            sounds = [
-                stack.enter_context(soundfile.SoundFile(path, "w", rate, 1, subtype="PCM_16", format="WAV"))
-                for path in partial
-            ]
-            with _progress(kind, (length - given) * num_samples) as progress:
-                for piece in self.pieces(length, num_samples=num_samples, prompt=tokens, progress=progress, **settings):
-                    for sound, waveform in zip(sounds, piece.sound, strict=True):
-                        sound.write(waveform)
-                    nats += piece.nats
+        nats, rate, first = np.zeros(num_samples), self.codec.sample_rate, settings.pop("first_stream", 0)
+        with audio.wav_errors(folder), _progress(kind, (length - given) * num_samples) as progress:
+            for start in range(0, num_samples, _OPEN_FILES):
+                group = slice(start, min(start + _OPEN_FILES, num_samples))
+                settings |= {"num_samples": group.stop - start, "first_stream": first + start, "progress": progress}
+                begun = tokens[group] if tokens is not None and tokens.ndim == 3 else tokens
+                with contextlib.ExitStack() as stack:
+                    sounds = [
+                        stack.enter_context(soundfile.SoundFile(path, "w", rate, 1, subtype="PCM_16", format="WAV"))
+                        for path in partial[group]
+                    ]
+                    for piece in self.pieces(length, prompt=begun, **settings):
+                        for sound, waveform in zip(sounds, piece.sound, strict=True):
+                            sound.write(waveform)
+                        nats[group] += piece.nats
         with files.write_errors(folder):
             for source, path in zip(partial, paths, strict=True):
                 os.replace(source, path)

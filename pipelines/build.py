@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from harmonic.audio import ENCODINGS, MAX_LEVELS, SAMPLE_RATE, token_dtype
 from harmonic.errors import UserError
 from harmonic.locks import writing
-from harmonic.records import SPLITS, Manifest
+from harmonic.records import SPLITS, Manifest, Skipped
 from pipelines.beam.loading import import_beam, uncollected
 from pipelines.beam.progress import Progress
 from pipelines.beam.runners import (
@@ -31,13 +31,14 @@ from pipelines.beam.runners import (
 )
 from pipelines.beam.sink import clear, clear_stages, create_folder, missing_files, read_manifest
 from pipelines.beam.workers import LocalWorkers
+from pipelines.errors import Unreadable
 from pipelines.own_config import remove_config, write_config
 from pipelines.paths import is_local, join
 from pipelines.sources import open_source
 from pipelines.sources.base import Source, SourceRecording
-from pipelines.sources.layouts import DATA_SETS, DataSet, data_set
+from pipelines.sources.layouts import DATA_SETS, AudioFiles, DataSet, data_set
 from pipelines.sources.remote import shown
-from pipelines.sources.splits import DEFAULT_RULE, DEFAULT_SHARES, SplitRule, split_rule
+from pipelines.sources.splits import DEFAULT_RULE, DEFAULT_SHARES, SplitRule, split_by_hash, split_rule
 
 MAX_RECORD_LENGTH = 1 << 24
 
@@ -60,7 +61,7 @@ class PrepareSpec:
       record_length: longest piece of a recording in a record, in samples.
       num_levels: 2 to 65,536.
       num_shards: at most so many of each split; by the source's size if None.
-      allow_skipped: accept recordings that cannot be read, also in a published data set.
+      allow_skipped: accept recordings that cannot be read also in a published data set, or as the only ones of a split.
       overwrite: replace a data set that another spec or source left in the folder.
     """
 
@@ -126,12 +127,15 @@ def prepare(spec: PrepareSpec, options: Sequence[str] = (), progress: Progress |
             if whole:
                 return _kept(existing, folder, complete=dataset.complete and not spec.allow_skipped)
         source, fingerprint = opened or _open(spec, dataset, rule, runner, stack)
-        manifest = new_manifest(spec, fingerprint, rule.name)
+        manifest = dataclasses.replace(new_manifest(spec, fingerprint, rule.name), left_out=source.left_out())
         create_folder(folder)
         with _alone(folder):
             if not spec.overwrite and read_manifest(folder) != existing:
                 raise UserError(f"another run has just written {folder}; run the same command again")
             recordings = _recordings(source, rule, spec)
+            if spec.allow_skipped and rule.lists is None and isinstance(dataset.layout, AudioFiles):
+                recordings, unreadable = _fill_splits(source, rule, recordings)
+                manifest = dataclasses.replace(manifest, skipped=unreadable)
             import_beam()
             from pipelines.beam import graph
 
@@ -237,6 +241,41 @@ def _recordings(source: Source, rule: SplitRule, spec: PrepareSpec) -> Sequence[
                 + ("give the whole data set" if spec.dataset in DATA_SETS else "add recordings, or cut a long one")
             )
     return recordings
+
+
+def _fill_splits(
+    source: Source, rule: SplitRule, recordings: Sequence[SourceRecording]
+) -> tuple[Sequence[SourceRecording], tuple[Skipped, ...]]:
+    """The recordings without those of a split of which none can be read, split anew; and these.
+
+    Small data sets may have a split with a single recording. Usually one recording of each split is read here.
+    """
+    from pipelines.audio.waveform import measure
+
+    skipped: list[Skipped] = []
+    while True:
+        for split in SPLITS:
+            failed = []
+            for recording in sorted((r for r in recordings if r.split == split), key=lambda r: (r.size, r.id)):
+                try:
+                    with source.open(recording.id) as file, measure(file):
+                        break
+                except Unreadable as error:
+                    failed.append(Skipped(recording.id, split, str(error)))
+            else:
+                break
+        else:
+            return recordings, tuple(skipped)
+        gone = {f.recording for f in failed}
+        left = [recording for recording in recordings if recording.id not in gone]
+        if len(left) < len(SPLITS):
+            raise UserError(
+                f"{len(left)} recordings can be read, and at least 3 are needed: {failed[0].recording} "
+                f"{failed[0].reason}; add recordings, or cut a long one"
+            )
+        skipped += failed
+        splits = split_by_hash((recording.id for recording in left), rule.shares or DEFAULT_SHARES)
+        recordings = [dataclasses.replace(recording, split=splits[recording.id]) for recording in left]
 
 
 def resolve(spec: PrepareSpec) -> tuple[DataSet, PrepareSpec]:

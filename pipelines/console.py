@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -69,6 +70,9 @@ class ProgressLine:
 
 def guarded(main: Callable[[Sequence[str], ProgressLine], int], argv: Sequence[str], unit: str = "recordings") -> int:
     """Runs a main; returns its exit status, or 2 for a UserError, or 130 for an interrupt."""
+    for stream in (sys.stdout, sys.stderr):  # names of files that the terminal's encoding does not have
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     line = ProgressLine(sys.stderr, unit)
     try:
         return main(argv, line)
@@ -142,8 +146,15 @@ def manifest_lines(manifest: Manifest, folder: str) -> list[str]:
 
 
 def skipped_lines(manifest: Manifest, limit: int = 10) -> list[str]:
-    """The skipped recordings with the reasons, as lines of text."""
-    lines = [f"skipped {one_line(s.recording)} ({s.split}): {s.reason}" for s in manifest.skipped[:limit]]
-    if len(manifest.skipped) > limit:
-        lines.append(f"skipped {len(manifest.skipped) - limit:,} more; manifest.json lists them all")
+    """What was skipped, noted and left out, with the reasons, as lines of text."""
+    skipped = [f"skipped {one_line(s.recording)} ({s.split}): {s.reason}" for s in manifest.skipped]
+    noted = [f"noted {one_line(n.recording)} ({n.split}): {n.note}" for n in manifest.noted]
+    lines = []
+    for kind, all_lines in (("skipped", skipped), ("noted", noted)):
+        lines += all_lines[:limit]
+        if len(all_lines) > limit:
+            lines.append(f"{kind} {len(all_lines) - limit:,} more; manifest.json lists them all")
+    if manifest.left_out:
+        parts = [f"{out.reason}: {out.files:,} ({one_line(out.example)})" for out in manifest.left_out]
+        lines.append(f"left out: {'; '.join(parts)}")
     return lines

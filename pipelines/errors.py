@@ -7,13 +7,10 @@ import errno
 import tempfile
 from collections.abc import Iterator
 
+from harmonic.errors import Unreadable as Unreadable
 from harmonic.errors import UserError, one_line
 
 _FULL = {errno.ENOSPC: "no space is left", errno.EDQUOT: "the quota is used up", errno.EFBIG: "a file is too large"}
-
-
-class Unreadable(Exception):
-    """One recording cannot be read; the message is the reason, in one line. The others may be fine."""
 
 
 def disk_full(error: BaseException) -> bool:

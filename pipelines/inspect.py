@@ -200,7 +200,8 @@ def _main(argv: Sequence[str], line: ProgressLine) -> int:
     else:
         found = survey(folder, manifest, line)
         shown["survey"] = {**dataclasses.asdict(found), "quantiles": QUANTILES, "entropy": found.entropy}
-        say(*survey_lines(manifest, found), *([""] if manifest.skipped else []), *skipped_lines(manifest))
+        skipped = skipped_lines(manifest)
+        say(*survey_lines(manifest, found), *([""] if skipped else []), *skipped)
         status = 0
     if status == 0 and (arguments.play or arguments.recording is not None):
         played = []

@@ -87,7 +87,12 @@ def parse(argv: Sequence[str]) -> tuple[PrepareSpec, list[str]]:
     )
     add("--record_length", type=int, default=default.record_length, help="samples of a record (%(default)s)")
     add("--num_shards", type=int, help="at most so many a split (default: one for 32 MiB of source)")
-    add("--allow_skipped", action="store_true", help="leave out recordings of a published data set that are damaged")
+    add(
+        "--allow_skipped",
+        action="store_true",
+        help="leave out recordings of a published data set that are damaged; where none of a split of your own can be "
+        "read, split the others anew",
+    )
     add("--overwrite", action="store_true", help="replace the data set in the folder")
     known, rest = parser.parse_known_args(list(argv))
     return PrepareSpec(**{field.name: getattr(known, field.name) for field in dataclasses.fields(PrepareSpec)}), rest

@@ -28,8 +28,10 @@ from harmonic.errors import UserError
 from harmonic.export import export_run
 from harmonic.model_card import public_command, public_source
 from harmonic.models import make
+from harmonic.records import load_manifest
 from harmonic.run import Run
 from harmonic.step import init_state
+from harmonic.voice import Codec
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +240,18 @@ def test_sources_and_commands_keep_secrets():
         "python -m workflows.full_run --workdir /home/me/x --data_dir=/d --source 'https://h/a b.zip?k=1' --set=a=b"
     )
     assert public_command(command) == "python -m workflows.full_run --source 'https://h/a b.zip' --set=a=b"
+
+
+def test_both_doors_have_the_data_set_s_codec(make_run, tiny_data, tmp_path):
+    """Prompts are scaled, and trimmed, as its recordings are, from the run's folder and from an export of it."""
+    run = make_run()
+    manifest = dataclasses.replace(load_manifest(tiny_data), loudness=-23.0, trim_silence=40.0)
+    (run / "manifest.json").write_text(manifest.to_json())
+    export_run(run, tmp_path / "out", num_samples=0)
+    codec = Codec.of(manifest)
+    assert (codec.loudness, codec.trim_silence, codec.published) == (-23.0, 40.0, False)
+    assert harmonic.load(run).voice.codec == harmonic.load(tmp_path / "out").voice.codec == codec
+    assert Codec.of(dataclasses.replace(manifest, dataset="sc09")).published
 
 
 def test_generate_and_stream(exported, tmp_path):

@@ -36,7 +36,7 @@ LENGTHS = [2_000, 350, 700, 1_401, 90, 3_000, 1_999, 640, 1_000, 777, 1_234, 20]
 def prepared(tmp_path_factory):
     """A data set of several shards and records a recording, one recording skipped, and what it was made of."""
     folder = tmp_path_factory.mktemp("inspect")
-    files = {f"a/{i:02d}.wav": wav(length, seed=i) for i, length in enumerate(LENGTHS)} | {"b/bad.wav": wav()[:-9]}
+    files = {f"a/{i:02d}.wav": wav(length, seed=i) for i, length in enumerate(LENGTHS)} | {"b/bad.wav": wav()[:-100]}
     spec = PrepareSpec(
         *("mine", str(write_folder(folder / "f", files)), str(folder)),
         **{"window_length": 500, "hop_length": 250, "record_length": 600, "num_shards": 2},

@@ -101,13 +101,13 @@ def test_the_same_bytes_from_zip_and_folder_and_two_processes(tmp_path):
     archive, folder = write_zip(tmp_path / "a.zip", files), write_folder(tmp_path / "f", files)
     outputs = []
     for i, (source, options) in enumerate(
-        [(archive, ()), (folder, ()), (folder / "tape", ()), (archive, TWO_PROCESSES), (archive, ())]
+        [(archive, ()), (folder, ()), (folder, ()), (archive, TWO_PROCESSES), (archive, ())]
     ):
         spec = PrepareSpec("mine", str(source), str(tmp_path / str(i)), num_shards=4)
         manifest = build.prepare(spec, options)
         outputs.append((manifest, shards_of(spec.folder)))
         assert manifest == records.load_manifest(spec.folder)
-        assert [s.recording for s in manifest.skipped] == ["0/bad.wav"]
+        assert [s.recording for s in manifest.skipped] == ["tape/0/bad.wav"]
     assert len(outputs[0][1]) > 8
     for _, shards in outputs[1:]:
         assert shards == outputs[0][1]
@@ -252,21 +252,41 @@ def test_trimming_and_loudness(tmp_path):
         assert row.level == pytest.approx(20 * np.log10(0.01 * (i + 1)) + 10 * np.log10(12_000 / len(kept)), abs=0.2)
 
 
-def test_a_prompt_is_scaled_as_the_recordings_are(tmp_path):
-    """By its own extremes, or to their loudness: as a prompt, a recording has the tokens that it was prepared to."""
-    from harmonic.audio import read_audio
+@pytest.mark.parametrize("options", [{}, {"loudness": -30}, {"trim_silence": 40}, {"encoding": "linear"}], ids=str)
+def test_a_prompt_is_scaled_as_the_recordings_are(tmp_path, options):
+    """As a prompt, a recording has the tokens that it was prepared to: whole, or its beginning."""
     from harmonic.data import Dataset
     from harmonic.voice import Codec
 
-    source = write_folder(tmp_path / "f", {f"{i}.wav": wav(9_000, seed=i) for i in range(3)})
-    for loudness in (None, -30):
-        spec = PrepareSpec("mine", str(source), str(tmp_path / str(loudness)), loudness=loudness)
-        build.prepare(spec)
-        split = Dataset(spec.folder).split("train")
-        path = str(source / split.recordings[0].id)
+    files = {f"{i}.wav": wav(9_000, seed=i) for i in range(3)}
+    late = np.concatenate([np.zeros(8_000), 0.3 * np.sin(np.arange(20_000) / 9) + 0.1]).astype("f4")
+    for name, samples, rate, format in (
+        ("late.wav", late, 16_000, "WAV"),
+        ("stereo.wav", np.stack([late, late**2], 1), 44_100, "WAV"),
+        ("late.mp3", late, 44_100, "MP3"),
+        ("late.flac", late, 22_050, "FLAC"),
+        ("silence.wav", 0 * late, 16_000, "WAV"),
+        ("constant.wav", 0 * late + 0.25, 16_000, "WAV"),
+    ):
+        file = io.BytesIO()
+        soundfile.write(file, samples, rate, format=format)
+        files[name] = file.getvalue()
+    source = write_folder(tmp_path / "f", files)
+    spec = PrepareSpec("mine", str(source), str(tmp_path), **options)
+    build.prepare(spec)
+    dataset, seen = Dataset(spec.folder), set()
+    for name in records.SPLITS:
+        split = dataset.split(name)
         codec = Codec.of(split.manifest)
-        np.testing.assert_array_equal(codec.prompt(path), split.read(0))
-        np.testing.assert_array_equal(codec.prompt(read_audio(path)[0]), split.read(0))
+        for i, recording in enumerate(split.recordings):
+            path, tokens = source / recording.id, split.read(i)
+            np.testing.assert_array_equal(codec.prompt(path, resample=True), tokens, recording.id)
+            part = codec.prompt(path, resample=True, seconds=0.25)
+            np.testing.assert_array_equal(part, tokens[:4_000], recording.id)
+            if recording.source_rate == 16_000:
+                np.testing.assert_array_equal(codec.prompt(audio.read_audio(path)[0]), tokens)
+            seen.add(recording.id)
+    assert seen == set(files)
 
 
 # The config of one's own.

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import soundfile
-from archives import wav, write_folder, write_zip
+from archives import tar_bytes, wav, write_folder, write_zip
 
 from harmonic.errors import UserError
 from pipelines.errors import Unreadable
 from pipelines.sources import layouts, open_source, spool
-from pipelines.sources.base import natural_key
+from pipelines.sources.base import SourceRecording, natural_key
 from pipelines.sources.layouts import data_set
-from pipelines.sources.splits import split_by_hash, split_by_rank
+from pipelines.sources.splits import split_by_hash, split_by_rank, split_rule
 
 
 def sc09_files(top="sc09/"):
@@ -38,7 +38,7 @@ def sizes_of(splits):
 def test_published_counts_of_sc09():
     ids = [f"{digit}/{i}.wav" for digit in layouts.DIGITS for i in range(3_891)][:38_908]
     lists = {"validation": ids[:3_643], "test": ids[-4_107:]}
-    assert sizes_of(layouts.split_by_lists(ids, lists, layouts.DIGITS)) == (31_158, 3_643, 4_107)
+    assert sizes_of(layouts.split_by_lists(ids, lists)) == (31_158, 3_643, 4_107)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_hash_leaves_no_split_empty(count):
 )
 def test_lists_that_do_not_fit(lists, message):
     with pytest.raises(UserError, match=message):
-        layouts.split_by_lists(["zero/0.wav"], lists, layouts.DIGITS)
+        layouts.split_by_lists(["zero/0.wav"], lists)
 
 
 # Layouts.
@@ -139,10 +139,11 @@ def test_ones_own_recordings_nested_and_below_one_folder(tmp_path):
     archive = open_source(
         data_set("mine"), str(write_zip(tmp_path / "a.zip", files | {"tape/cover.jpg": b"", "x": b""}))
     )
-    for folder in (tmp_path / "f", tmp_path / "f/tape"):
-        write_folder(tmp_path / "f", files)
-        assert open_source(data_set("mine"), str(folder)).list() == archive.list()
-    assert [r.id for r in archive.list()] == ["a/0.wav", "a/1.FLAC", "a/2.mp3", "b/0.wav", "b/1.FLAC", "b/2.mp3"]
+    write_folder(tmp_path / "f", files)
+    assert open_source(data_set("mine"), str(tmp_path / "f")).list() == archive.list()
+    below = ["a/0.wav", "a/1.FLAC", "a/2.mp3", "b/0.wav", "b/1.FLAC", "b/2.mp3"]
+    assert [r.id for r in archive.list()] == [f"tape/{name}" for name in below]
+    assert [r.id for r in open_source(data_set("mine"), str(tmp_path / "f/tape")).list()] == below
     assert {r.label for r in archive.list()} == {None}
 
 
@@ -273,7 +274,7 @@ def test_damaged_members_are_told_apart(tmp_path):
 
     path = write_zip(tmp_path / "b.zip", files)
     patch(path, b"PK\x01\x02", 10, b"\x63\x00")  # a compression that nobody knows
-    assert "is damaged in the archive" in reason(open_source(data_set("mine"), str(path)), "2.wav")
+    assert "by a method that is not read" in reason(open_source(data_set("mine"), str(path)), "2.wav")
 
     path = write_zip(tmp_path / "c.zip", files)
     patch(path, b"PK\x01\x02", 24, (2**31).to_bytes(4, "little"))  # two gigabytes out of two thousand bytes
@@ -316,3 +317,131 @@ def test_files_that_cannot_be_opened(tmp_path):
 def test_a_number_of_any_length_has_its_place():
     names = ["9" * 1_200_000, "1", "a"]
     assert sorted(names, key=natural_key) == ["1", names[0], "a"]
+
+
+# What is no recording, and names in other writing.
+
+
+def left_out(source):
+    source.list()
+    return {out.reason: (out.files, out.example) for out in source.left_out()}
+
+
+@pytest.mark.parametrize("suffix", ["sph", "bwf", "amb", "voc", "sf", "svx", "pvf", "paf", "mp2", "m4a", "wma", "amr"])
+def test_what_the_decoders_read_is_listed(tmp_path, suffix):
+    names = [f"{i}.{suffix.upper() if i else suffix}" for i in range(3)]
+    source = open_source(data_set("mine"), str(write_folder(tmp_path / "f", dict.fromkeys(names, b""))))
+    assert [r.id for r in source.list()] == names
+
+
+def test_what_is_left_out_is_counted(tmp_path):
+    names = ["b/1.wav", "2.wav", "3.wav", ".4.wav", "b/.hidden/5.wav", "__MACOSX/6.wav", "notes.txt", "b/x.pdf"]
+    files = dict.fromkeys(names, wav())
+    folder = write_folder(tmp_path / "f", files)
+    write_folder(tmp_path / "elsewhere", {"7.wav": wav()})
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    source = open_source(data_set("mine"), str(folder))
+    assert [r.id for r in source.list()] == ["2.wav", "3.wav", "b/1.wav"]
+    found = left_out(source)
+    assert found.pop("links to folders, which are not followed") == (1, "link")
+    assert found.pop("files of other kinds") == (2, "b/x.pdf")
+    assert [count for count, _ in found.values()] == [3]
+    for archive in (
+        write_zip(tmp_path / "a.zip", files),
+        write_folder(tmp_path, {"a.tar": tar_bytes(files)}) / "a.tar",
+    ):
+        found = left_out(open_source(data_set("mine"), str(archive)))
+        assert (found["files of other kinds"], found["hidden files or folders"]) == ((2, "b/x.pdf"), (3, ".4.wav"))
+
+
+def test_left_out_of_a_published_set(tmp_path):
+    files = sc09_files("") | {"bed/0.wav": wav(), "zero/notes.txt": b"", "README.md": b""}
+    source = open_source(data_set("sc09"), str(write_zip(tmp_path / "a.zip", files)))
+    assert left_out(source) == {
+        "sound files outside its layout": (1, "bed/0.wav"),
+        "files of other kinds": (2, "README.md"),
+    }
+
+
+def test_members_that_begin_with_a_dot_and_a_slash(tmp_path):
+    files = {f"./tape/{i}.wav": wav(seed=i) for i in range(3)}
+    source = open_source(data_set("mine"), str(write_zip(tmp_path / "a.zip", files)))
+    assert [r.id for r in source.list()] == ["tape/0.wav", "tape/1.wav", "tape/2.wav"] and left_out(source) == {}
+    with pickle.loads(pickle.dumps(source)).open("tape/2.wav") as file:
+        assert file.read() == files["./tape/2.wav"]
+
+
+def test_folders_parted_by_backslashes(tmp_path):
+    files = sc09_files()
+    lists = {name: data.replace(b"/", b"\\") for name, data in files.items() if name.endswith(".txt")}
+    odd = {name.replace("/", "\\"): data for name, data in (files | lists).items()}
+    plain = open_source(data_set("sc09"), str(write_zip(tmp_path / "a.zip", files)))
+    source = open_source(data_set("sc09"), str(write_zip(tmp_path / "b.zip", odd)))
+    assert source.list() == plain.list()
+    with source.open("nine/3.wav") as file:
+        assert file.read() == files["sc09/nine/3.wav"]
+    assert {r.id for r in open_source(data_set("mine"), str(tmp_path / "b.zip")).list()} == set(files) - set(lists)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
+    """Else the first held-out recording would be trained on."""
+    files = sc09_files()
+    plain = open_source(data_set("sc09"), str(write_zip(tmp_path / "a.zip", files)))
+    marked = {name: b"\xef\xbb\xbf" * name.endswith(".txt") + data for name, data in files.items()}
+    assert splits_of(open_source(data_set("sc09"), str(write_zip(tmp_path / "b.zip", marked)))) == splits_of(plain)
+
+
+@pytest.mark.parametrize("line", ["zero/99.wav", "Zero/0.wav", "zero0.wav", "\u200bzero/1.wav", "# comment"])
+def test_a_line_that_names_nothing_is_an_error(tmp_path, line):
+    files = sc09_files() | {"sc09/testing_list.txt": f"nine/3.wav\n{line}\n".encode()}
+    assert "testing_list.txt names 1 recordings that are not there" in refusal(
+        "sc09", write_zip(tmp_path / "a.zip", files)
+    )
+
+
+def test_lists_and_files_in_two_forms_of_unicode(tmp_path):
+    composed, apart = ("\u00fc/1.wav", "u\u0308/1.wav")
+    recordings = [SourceRecording(name, "train", None, 1) for name in (apart, "2.wav", "3.wav")]
+    for name, text in (("v", composed), ("t", "2.wav")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    rule = split_rule(None, str(tmp_path / "v"), str(tmp_path / "t"))
+    assert [r.split for r in rule.apply(recordings)] == ["validation", "test", "train"]
+
+
+def test_ids_and_splits_do_not_depend_on_neighbours(tmp_path):
+    """Whatever is added beside them: another folder, files in other folders."""
+    files = {f"tape/{side}/{i}.wav": wav(10) for side in "ab" for i in range(40)}
+    folder = write_folder(tmp_path / "f", files)
+    before = splits_of(open_source(data_set("mine"), str(folder)))
+    write_folder(folder, {"more/c/0.wav": wav(10), "top.wav": wav(10)})
+    after = splits_of(open_source(data_set("mine"), str(folder)))
+    assert len(after) == 82 and before.items() <= after.items()
+
+
+def test_a_stray_name_that_is_not_utf8_is_left_out(tmp_path):
+    folder = write_folder(tmp_path / "f", {f"{i}.wav": wav() for i in range(3)})
+    Path(os.fsdecode(os.path.join(os.fsencode(folder), b"caf\xe9.txt"))).write_bytes(b"")
+    source = open_source(data_set("mine"), str(folder))
+    assert len(source.list()) == 3 and left_out(source)["names that are not UTF-8"][0] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.7z", b"7z\xbc\xaf\x27\x1c" + bytes(100), "is packed by 7-Zip, which is not read here; unpack it"),
+        ("a.tar.zst", b"\x28\xb5\x2f\xfd" + bytes(100), "is packed by Zstandard, which is not read here"),
+        ("a.rar", b"Rar!\x1a\7\1\0" + bytes(100), "is packed by RAR"),
+        ("a.wav", wav(), "is one audio file, and at least three recordings are needed; cut it into several"),
+        ("a.bin", wav(), "is one audio file"),
+    ],
+)
+def test_what_is_no_archive_is_told_as_what_it_is(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    assert message in refusal("mine", tmp_path / name)
+
+
+def test_a_packing_that_is_not_known_is_no_damage(tmp_path):
+    path = write_zip(tmp_path / "a.zip", {f"{i}.wav": wav() for i in range(3)})
+    patch(path, b"PK\x01\x02", 10, b"\x09\x00")  # Deflate64, which Windows takes for large files
+    found = reason(open_source(data_set("mine"), str(path)), "2.wav")
+    assert found.startswith("is packed by a method that is not read here (") and "pack it again with Deflate" in found

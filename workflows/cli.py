@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import sys
@@ -88,6 +89,9 @@ def run(main: Callable[[], None]) -> None:
 
     def guarded(argv: list[str]) -> None:
         logging.set_verbosity(logging.ERROR)  # Orbax logs every file that it opens
+        for stream in (sys.stdout, sys.stderr):  # names of files that the terminal's encoding does not have
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         sys.unraisablehook = _print_unraisable
         try:
             if len(argv) > 1:

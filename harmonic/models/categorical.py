@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+_SMALLEST = float(jnp.finfo(jnp.float32).tiny)
+
 
 def log_prob(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     """Log-likelihood in nats, [batch, time], of tokens [batch, time, channels] under logits [..., num_levels]."""
@@ -25,8 +27,13 @@ def sample(logits: jax.Array, uniform: jax.Array, *, temperature: float = 1.0, t
     Returns:
       int32 tokens [batch, channels].
     """
-    probabilities = jax.nn.softmax(logits[:, 0] / temperature, axis=-1)
+    logits = logits[:, 0]
+    below = logits - logits.max(axis=-1, keepdims=True)
+    # Divided before the largest is subtracted, logits would overflow; float32 has no temperature below its smallest.
+    below = below / max(temperature, _SMALLEST) if temperature != 1 else below
+    probabilities = jax.nn.softmax(below, axis=-1)
     if top_p < 1:
+        top_p = max(top_p, _SMALLEST)
         # A stable sort settles ties and keeps the order of tokens; a token stays if less than top_p ranks above it.
         order = jnp.argsort(-probabilities, axis=-1, stable=True)
         ranked = jnp.take_along_axis(probabilities, order, axis=-1)

@@ -40,7 +40,7 @@ def dropout(x: jax.Array, rate: float, rng: Dropout | None, block: jax.Array | i
     key = _mix(key + _mix(rng.examples.astype(jnp.uint32))[:, None])
     key = _mix(key + _mix(chunks ^ jnp.uint32(0x9E3779B9))[None])
     bits = _mix(key[..., None] + _mix(place ^ rng.words[1])[None, None]).reshape(batch, time, width)
-    keep = bits >= jnp.uint32(round(rate * 2**32))
+    keep = bits >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
 
 

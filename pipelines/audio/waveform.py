@@ -15,10 +15,11 @@ from typing import BinaryIO, cast
 import numpy as np
 
 from harmonic import loudness
+from harmonic.audio import no_sound
+from harmonic.sound.decode import check_disk, decode
+from harmonic.sound.level import Extent
+from harmonic.sound.resample import mono
 from pipelines.audio import quantise
-from pipelines.audio.decode import check_disk, decode
-from pipelines.audio.level import Extent
-from pipelines.audio.resample import mono
 from pipelines.errors import Unreadable, scratch_errors
 from pipelines.limits import SPOOL_BYTES
 
@@ -67,9 +68,10 @@ class Waveform:
       low, high: the samples that are quantised as -1 and 1.
       source_rate: Hz.
       level: root mean square of the kept samples, in dB below full scale (-200 for silence).
+      notes: what is not as the file says, each a clause whose subject is the file.
       cut: numbers of samples that trimming leaves out at the front and at the back.
       gain: what loudness normalisation multiplies the samples by before they are quantised on the scale of [-1, 1];
-        None quantises them by their own minimum and maximum.
+        None quantises them by their own minimum and maximum, and 0 is for a recording without sound.
     """
 
     samples: _Samples
@@ -78,6 +80,7 @@ class Waveform:
     high: float
     source_rate: int
     level: float
+    notes: tuple[str, ...] = ()
     cut: tuple[int, int] = (0, 0)
     gain: float | None = None
 
@@ -110,7 +113,9 @@ class Waveform:
         )
 
 
-def measure(file: BinaryIO, *, trim_silence: float | None = None, loudness: float | None = None) -> Waveform:
+def measure(
+    file: BinaryIO, *, trim_silence: float | None = None, loudness: float | None = None, published: bool = False
+) -> Waveform:
     """Decodes an open audio file and measures it; the caller closes both.
 
     Args:
@@ -118,6 +123,8 @@ def measure(file: BinaryIO, *, trim_silence: float | None = None, loudness: floa
       trim_silence: cut off leading and trailing silence that many decibels below the loudest frame.
       loudness: bring the recording to that loudness in LUFS, on one scale for all recordings. If its peak would exceed
         full scale, the gain is as large as fits; if nothing in it is above -70 LUFS, the gain is 1.
+      published: scale a recording without sound as the published data sets do, to its own extremes. Others become the
+        level of 0.
 
     Raises:
       Unreadable: as `decode`; or there are no samples, or samples that are not finite.
@@ -125,17 +132,17 @@ def measure(file: BinaryIO, *, trim_silence: float | None = None, loudness: floa
     """
     try:
         with scratch_errors():
-            return _measure(file, trim_silence, loudness)
+            return _measure(file, trim_silence, loudness, published)
     except (Unreadable, OSError):
         check_disk(file)
         raise
 
 
-def _measure(file: BinaryIO, trim_silence: float | None, target: float | None) -> Waveform:
-    rate, blocks = decode(file)
+def _measure(file: BinaryIO, trim_silence: float | None, target: float | None, published: bool) -> Waveform:
+    sound = decode(file)
     samples, whole = _Samples(), Extent()
     try:
-        for block in mono(blocks, rate):
+        for block in mono(sound.blocks, sound.rate):
             if len(block):
                 whole.add(block)
                 samples.append(block)
@@ -144,10 +151,15 @@ def _measure(file: BinaryIO, trim_silence: float | None, target: float | None) -
             raise Unreadable("holds no samples")
         if whole.high - whole.low > np.finfo(np.float32).max:
             raise Unreadable(f"holds samples that are too large ({whole.low:g} to {whole.high:g})")
-        waveform = Waveform(samples, whole.length, whole.low, whole.high, rate, whole.level)
+        waveform = Waveform(samples, whole.length, whole.low, whole.high, sound.rate, whole.level, tuple(sound.notes))
         if trim_silence is not None:
             _trim(waveform, trim_silence)
-        if target is not None:
+        nothing = no_sound(waveform.low, waveform.high)
+        if nothing:
+            waveform.notes += (nothing,)
+        if nothing and not published:
+            waveform.gain, waveform.low, waveform.high = 0.0, -1.0, 1.0
+        elif target is not None:
             _normalise(waveform, target)
     except BaseException:
         samples.close()

@@ -20,6 +20,7 @@ from harmonic.errors import UserError, one_line
 from harmonic.records import (
     MANIFEST_NAME,
     Manifest,
+    Noted,
     Record,
     Recording,
     Shard,
@@ -49,12 +50,14 @@ class WrittenShard:
       shard: as the manifest will list it.
       staged: paths of the shard and of its index until they are published.
       skipped: recordings that could not be read.
+      noted: recordings that were read and are not as they should be.
     """
 
     split: str
     shard: Shard
     staged: tuple[str, str]
     skipped: tuple[Skipped, ...]
+    noted: tuple[Noted, ...] = ()
 
 
 def stage_folder(folder: str, run: str) -> str:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import apache_beam as beam
 
+from harmonic.audio import PUBLISHED
 from harmonic.errors import UserError, one_line
-from harmonic.records import SPLITS, Manifest, Record, Recording, Skipped, Split
+from harmonic.records import SPLITS, Manifest, Noted, Record, Recording, Skipped, Split
 from pipelines.audio.waveform import measure
 from pipelines.beam.progress import Meter
 from pipelines.beam.sharding import ShardRows
 from pipelines.beam.sink import ShardWriter, WrittenShard, clear, flush_staged, publish, shard_name
 from pipelines.errors import Unreadable, scratch_errors
 from pipelines.sources.base import Source
+from pipelines.sources.layouts import DATA_SETS
 
 
 class WriteShard(beam.DoFn):
@@ -52,13 +54,14 @@ class WriteShard(beam.DoFn):
 
     def process(self, element: ShardRows) -> Iterator[WrittenShard]:
         split, index, rows = element
-        skipped = []
+        skipped, noted = [], []
         m = self._manifest
         meter = Meter(self._progress)
         with ShardWriter(self._folder, self._run, m.window_length, m.hop_length) as writer:
             for recording, label, size in rows:
                 try:
-                    self._write(writer, recording, label, meter)
+                    notes = self._write(writer, recording, label, meter)
+                    noted += [Noted(recording, split, note) for note in notes]
                     meter.add("recordings")
                 except Unreadable as error:
                     skipped.append(Skipped(recording, split, str(error)))
@@ -70,13 +73,16 @@ class WriteShard(beam.DoFn):
             name = shard_name(split, index, self._counts[split])
             shard, staged = writer.stage(name)
         self._flushing.append(self._flusher.submit(flush_staged, self._folder, staged))
-        yield WrittenShard(split, shard, staged, tuple(skipped))
+        yield WrittenShard(split, shard, staged, tuple(skipped), tuple(noted))
 
-    def _write(self, writer: ShardWriter, recording: str, label: str | None, meter: Meter) -> None:
+    def _write(self, writer: ShardWriter, recording: str, label: str | None, meter: Meter) -> tuple[str, ...]:
+        """Returns notes on the recording."""
         m = self._manifest
         with (
             self._source.open(recording) as file,
-            measure(file, trim_silence=m.trim_silence, loudness=m.loudness) as waveform,
+            measure(
+                file, trim_silence=m.trim_silence, loudness=m.loudness, published=m.dataset in PUBLISHED
+            ) as waveform,
         ):
             records = 0
             with scratch_errors():
@@ -100,6 +106,7 @@ class WriteShard(beam.DoFn):
                     cut_back=waveform.cut[1],
                 )
             )
+            return waveform.notes
 
 
 class Publish(beam.DoFn):
@@ -123,7 +130,7 @@ class Publish(beam.DoFn):
         written = sorted({shard.shard.file: shard for shard in shards}.values(), key=lambda s: s.shard.file)
         manifest = assemble(self._manifest, written)
         check_skipped(manifest, self._complete)
-        check_counts(manifest, self._listed)
+        check_counts(manifest, self._listed, self._manifest.skipped)
         files = [
             (path, name)
             for shard in written
@@ -135,7 +142,7 @@ class Publish(beam.DoFn):
 
 
 def assemble(manifest: Manifest, written: list[WrittenShard]) -> Manifest:
-    """The manifest with its splits and skipped recordings filled in."""
+    """The manifest with its splits, skipped recordings and notes filled in."""
     splits = {}
     for split in SPLITS:
         shards = tuple(shard.shard for shard in written if shard.split == split)
@@ -145,9 +152,11 @@ def assemble(manifest: Manifest, written: list[WrittenShard]) -> Manifest:
             samples=sum(shard.samples for shard in shards),
             shards=shards,
         )
-    skipped = [skipped for shard in written for skipped in shard.skipped]
+    skipped = [*manifest.skipped, *(skipped for shard in written for skipped in shard.skipped)]
     skipped.sort(key=lambda skipped: (SPLITS.index(skipped.split), skipped.recording))
-    return dataclasses.replace(manifest, splits=splits, skipped=tuple(skipped))
+    noted = [noted for shard in written for noted in shard.noted]
+    noted.sort(key=lambda noted: (SPLITS.index(noted.split), noted.recording))
+    return dataclasses.replace(manifest, splits=splits, skipped=tuple(skipped), noted=tuple(noted))
 
 
 def check_skipped(manifest: Manifest, complete: bool) -> None:
@@ -166,17 +175,22 @@ def check_skipped(manifest: Manifest, complete: bool) -> None:
     for name, split in manifest.splits.items():
         if not split.recordings:
             reason = next((f": {one_line(s.recording)} {s.reason}" for s in skipped if s.split == name), "")
-            raise UserError(f"none of the recordings of split {name} can be read{reason}; give other recordings")
+            way_out = (
+                "" if complete or manifest.dataset in DATA_SETS else ", or --allow_skipped to split the others anew"
+            )
+            raise UserError(
+                f"none of the recordings of split {name} can be read{reason}; give other recordings{way_out}"
+            )
 
 
-def check_counts(manifest: Manifest, listed: dict[str, int]) -> None:
-    """Checks that every listed recording was written or skipped, once.
+def check_counts(manifest: Manifest, listed: dict[str, int], before: Collection[Skipped] = ()) -> None:
+    """Checks that every listed recording was written or skipped, once; those in `before` were not listed.
 
     Raises:
       UserError: the runner lost or doubled recordings.
     """
     for name, split in manifest.splits.items():
-        found = split.recordings + sum(skipped.split == name for skipped in manifest.skipped)
+        found = split.recordings + sum(skipped.split == name for skipped in manifest.skipped if skipped not in before)
         if found != listed[name]:
             raise UserError(
                 f"the runner lost recordings of split {name}: {found} came out of {listed[name]}; use another --runner"

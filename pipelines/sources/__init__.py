@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 from harmonic.errors import UserError
-from pipelines.sources.base import Files, Source
+from pipelines.sources.base import Files, Source, is_audio
 from pipelines.sources.cloud import CloudFile, CloudFolder, cloud_errors, file_system
 from pipelines.sources.file_source import FileSource
 from pipelines.sources.folder import Folder
@@ -21,6 +21,8 @@ from pipelines.sources.tar import Tar, tar_kind
 from pipelines.sources.zip import Zip
 
 _SOURCES = "a folder, an archive (zip or tar), a URL or hf:USER/NAME"
+
+_PACKED = {b"7z\xbc\xaf\x27\x1c": "7-Zip", b"\x28\xb5\x2f\xfd": "Zstandard", b"Rar!": "RAR"}
 
 
 def open_source(dataset: DataSet, source: str, *, download: bool = True, unseen_by: str | None = None) -> Source:
@@ -78,10 +80,28 @@ def _open_path(dataset: DataSet, source: str, unseen_by: str | None) -> Files:
         return Folder(path)
     try:
         with open(path, "rb") as file:
-            kind = tar_kind(file.read(512), path)
+            head = file.read(512)
+            kind = tar_kind(head, path)
     except OSError as error:
         raise UserError(f"--source {source} cannot be read: {error.strerror}") from error
+    if kind is None:
+        _check_kind(source, head)
     return Tar(path, kind) if kind else Zip(path)
+
+
+def _check_kind(source: str, head: bytes) -> None:
+    """Refuses a file that is no archive, or one of a kind that is not read."""
+    packed = next((name for magic, name in _PACKED.items() if head.startswith(magic)), None)
+    if packed:
+        raise UserError(
+            f"--source {source} is packed by {packed}, which is not read here; unpack it and give the folder, or make "
+            "a zip or tar archive of it"
+        )
+    if not head.startswith(b"PK") and (is_audio(source) or head.startswith((b"RIFF", b"fLaC", b"OggS", b"ID3"))):
+        raise UserError(
+            f"--source {source} is one audio file, and at least three recordings are needed; cut it into several, and "
+            "give their folder"
+        )
 
 
 def _open_url(source: str) -> Files:
@@ -104,5 +124,8 @@ def _open_url(source: str) -> Files:
     except Refused as error:
         raise file.refusal(error) from error
     with file.open() as reader:
-        kind = tar_kind(reader.read(512), file.name)
+        head = reader.read(512)
+        kind = tar_kind(head, file.name)
+    if kind is None:
+        _check_kind(shown(source), head)
     return Tar(file.name, kind, file) if kind else Zip(file.name, file)

@@ -9,11 +9,17 @@ import sys
 from collections.abc import Sequence
 from typing import BinaryIO
 
+from harmonic.records import LeftOut
+
 AUDIO_SUFFIXES = frozenset(
-    ".wav .wave .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .rf64".split()
-    # libsndfile does not read these; they are listed all the same, so that they are reported as skipped.
-    + ".m4a .aac .mp4 .wma .webm .wv .ape .mka".split()
+    # PCM and the like, as libsndfile reads them.
+    ".wav .wave .bwf .rf64 .w64 .amb .aif .aiff .aifc .au .snd .caf .sph .nist .voc .sf .ircam .svx .8svx .iff .pvf "
+    ".paf .avr .htk .sds .wve .xi "
+    # What FFmpeg decodes.
+    ".flac .ogg .oga .opus .spx .mp3 .mp2 .mp1 .mpga .m4a .m4b .m4r .aac .mp4 .3gp .wma .asf .webm .mka .amr .ac3 "
+    ".eac3 .wv .ape .tta .tak .mpc".split()
 )
+HIDDEN = "hidden files or folders"
 _DIGITS = re.compile(r"[0-9]+")
 
 
@@ -52,6 +58,10 @@ class Source(abc.ABC):
           UserError: no recording can.
         """
 
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """What the source holds besides the recordings, by reason."""
+        return ()
+
     @abc.abstractmethod
     def fingerprint(self) -> str:
         """SHA-256 in hexadecimal of the source's content; equal sources have equal fingerprints."""
@@ -65,14 +75,21 @@ class Files(abc.ABC):
 
     Attributes:
       path: for messages.
+      left_out: what `sizes` does not list, by reason.
     """
 
     def __init__(self, path: str):
         self.path = path
+        self.left_out: dict[str, LeftOut] = {}
+
+    def leave_out(self, reason: str, name: str) -> None:
+        """Counts a file that `sizes` does not list."""
+        before = self.left_out.get(reason, LeftOut(reason, 0, name))
+        self.left_out[reason] = dataclasses.replace(before, files=before.files + 1)
 
     @abc.abstractmethod
     def sizes(self) -> dict[str, int]:
-        """Bytes of every file that is not hidden."""
+        """Bytes of every file that is not hidden; the others are counted in `left_out`."""
 
     @abc.abstractmethod
     def open(self, name: str) -> BinaryIO:

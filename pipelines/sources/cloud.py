@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from harmonic.errors import UserError, one_line
-from pipelines.sources.base import Files, is_hidden
+from pipelines.sources.base import HIDDEN, Files, is_hidden
 from pipelines.sources.remote import Refused, RemoteFile, Transient, first_look, shown
 from pipelines.sources.spool import open_remote
 
@@ -125,10 +125,14 @@ class CloudFolder(Files):
                     found = files.find(path, detail=True)
             except Refused as error:
                 raise UserError(f"cannot list {self.path}: {error}") from error
-            self._listing = {}
+            self._listing, self.left_out = {}, {}
             for full, info in found.items():
                 name = full[len(path) :].lstrip("/")
-                if name and info["type"] == "file" and not is_hidden(name):
+                if not name or info["type"] != "file":
+                    continue
+                if is_hidden(name):
+                    self.leave_out(HIDDEN, name)
+                else:
                     self._listing[name] = int(info["size"]), cloud_tag(info)
         return self._listing
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -9,8 +10,9 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 from harmonic.errors import UserError, one_line
+from harmonic.records import LeftOut
 from pipelines.errors import Unreadable
-from pipelines.sources.base import Files, Source, SourceRecording, natural_key
+from pipelines.sources.base import Files, Source, SourceRecording, is_audio, natural_key
 from pipelines.sources.layouts import DataSet, Misfit
 
 
@@ -20,11 +22,11 @@ class FileSource(Source):
     def __init__(self, dataset: DataSet, files: Files):
         self._dataset, self._files = dataset, files
         self._sizes = files.sizes()
-        for name in self._sizes:
-            try:
-                name.encode()
-            except UnicodeEncodeError:
-                raise UserError(f"{files.path} holds a name that is not UTF-8, {name!r}; rename it") from None
+        for name in [name for name in self._sizes if not _is_utf8(name)]:
+            if is_audio(name):
+                raise UserError(f"{files.path} holds a name that is not UTF-8, {name!r}; rename it")
+            files.leave_out("names that are not UTF-8", name)
+            del self._sizes[name]
         self._deciding: set[str] = set()  # files that the layout has read
         with self._misfits():
             self._root = dataset.layout.root(self._sizes)
@@ -53,9 +55,19 @@ class FileSource(Source):
         self._deciding.add(name)
         try:
             with self._files.open(self._root + name) as file:
-                return file.read().decode()
+                return file.read().decode("utf-8-sig")
         except (Unreadable, UnicodeDecodeError, OSError) as error:
             raise UserError(f"{name} in {self._files.path} cannot be read: {one_line(error)}; get it again") from error
+
+    def left_out(self) -> tuple[LeftOut, ...]:
+        listed = {recording.id for recording in self._listing} | self._deciding
+        found = dict(self._files.left_out)
+        for name in sorted(self._sizes, key=natural_key):
+            if not (name.startswith(self._root) and name[len(self._root) :] in listed):
+                reason = "sound files outside its layout" if is_audio(name) else "files of other kinds"
+                before = found.get(reason, LeftOut(reason, 0, name))
+                found[reason] = dataclasses.replace(before, files=before.files + 1)
+        return tuple(found.values())
 
     def list(self) -> Sequence[SourceRecording]:
         return list(self._listing)
@@ -72,3 +84,11 @@ class FileSource(Source):
 
     def close(self) -> None:
         self._files.close()
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

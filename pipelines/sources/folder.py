@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 from harmonic.errors import UserError
 from pipelines.errors import Unreadable
-from pipelines.sources.base import Files, is_hidden
+from pipelines.sources.base import HIDDEN, Files, is_hidden
 
 
 class Folder(Files):
@@ -23,7 +23,7 @@ class Folder(Files):
         return self.__dict__ | {"_stamps": {}}
 
     def sizes(self) -> dict[str, int]:
-        self._stamps = {}
+        self._stamps, self.left_out = {}, {}
         folders = [""]
         while folders:
             folder = folders.pop()
@@ -31,11 +31,13 @@ class Folder(Files):
                 with os.scandir(os.path.join(self.path, folder)) as entries:
                     for entry in entries:
                         if is_hidden(entry.name):
-                            continue
-                        if not entry.is_dir():
+                            self.leave_out(HIDDEN, folder + entry.name)
+                        elif not entry.is_dir():
                             self._stamps[folder + entry.name] = _stamp(entry)
                         elif not entry.is_symlink():
                             folders.append(f"{folder}{entry.name}/")
+                        else:
+                            self.leave_out("links to folders, which are not followed", folder + entry.name)
             except OSError as error:
                 raise UserError(f"cannot list {error.filename} ({error.strerror}); make it readable") from error
         return {name: size for name, (size, _) in self._stamps.items()}

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import itertools
 import re
 from collections.abc import Callable, Collection
 from pathlib import PurePosixPath
 
-from harmonic.errors import UserError
+from harmonic.errors import UserError, one_line
 from harmonic.records import SPLITS
-from pipelines.sources.base import AUDIO_SUFFIXES, is_audio, natural_key
-from pipelines.sources.splits import split_by_hash, split_by_rank
+from pipelines.sources.base import AUDIO_SUFFIXES, is_audio
+from pipelines.sources.splits import named_ids, split_by_hash, split_by_rank
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+# Speech Commands, of which SC09 is a part, has these as well: its lists name their recordings.
+OTHER_WORDS = (
+    "backward bed bird cat dog down follow forward go happy house learn left marvin no off on right sheila stop tree "
+    "up visual wow yes"
+).split()
 LISTS = {"validation": "validation_list.txt", "test": "testing_list.txt"}
 
 
@@ -83,7 +87,7 @@ class Listed(Layout):
     def recordings(self, ids: Collection[str], read: Callable[[str], str]) -> dict[str, tuple[str, str | None]]:
         wavs = [id for id in ids if id.split("/")[0] in self.labels and id.count("/") == 1 and id.endswith(".wav")]
         lists = {split: _lines(read(file)) for split, file in LISTS.items()}
-        splits = split_by_lists(wavs, lists, self.labels)
+        splits = split_by_lists(wavs, lists)
         return {id: (split, id.split("/")[0]) for id, split in splits.items()}
 
 
@@ -120,13 +124,10 @@ class AudioFiles(Layout):
     """Audio files anywhere, each split by a hash of its name: recordings of one's own."""
 
     def root(self, paths: Collection[str]) -> str:
-        """The deepest folder that holds them all, so that a folder and an archive of it give the same ids."""
-        folders = [path.split("/")[:-1] for path in paths if is_audio(path)]
-        if not folders:
+        """The top: an id, and with it the split, depends on the path below the source alone, not on other files."""
+        if not any(map(is_audio, paths)):
             raise Misfit(f"holds no audio files ({', '.join(sorted(AUDIO_SUFFIXES)[:6])}, ...)")
-        # All folders begin with what the first and the last in order have in common.
-        common = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(min(folders), max(folders), strict=False))
-        return "".join(f"{part}/" for part, _ in common)
+        return ""
 
     def recordings(self, ids: Collection[str], read: Callable[[str], str]) -> dict[str, tuple[str, str | None]]:
         splits = split_by_hash(id for id in ids if is_audio(id))
@@ -140,24 +141,23 @@ class AudioFiles(Layout):
 
 
 def _lines(text: str) -> list[str]:
-    return [line.strip().removeprefix("./") for line in text.splitlines() if line.strip()]
+    return [line.strip().replace("\\", "/").removeprefix("./") for line in text.splitlines() if line.strip()]
 
 
-def split_by_lists(ids: Collection[str], lists: dict[str, list[str]], labels: tuple[str, ...]) -> dict[str, str]:
+def split_by_lists(ids: Collection[str], lists: dict[str, list[str]]) -> dict[str, str]:
     """The split of each id: `lists` names those of validation and of test, the rest is train.
 
-    Lines of folders that are not in `labels` are ignored: the lists of the whole Speech Commands set fit SC09.
+    Lines of `OTHER_WORDS` are ignored: the lists of the whole Speech Commands set fit SC09.
 
     Raises:
       UserError: a line names a recording that does not exist or that the other list has.
     """
     splits = dict.fromkeys(ids, "train")
     for split, names in lists.items():
-        named = {name for name in names if name.split("/")[0] in labels}
-        absent = sorted(named - splits.keys(), key=natural_key)
+        named, absent = named_ids({name for name in names if name.split("/")[0] not in OTHER_WORDS}, splits)
         if absent:
             raise UserError(
-                f"{LISTS[split]} names {len(absent)} recordings that are not there, {absent[0]!r} the first; "
+                f"{LISTS[split]} names {len(absent)} recordings that are not there, {one_line(absent[0])!r} the first; "
                 "get the whole archive"
             )
         for name in named:

@@ -7,7 +7,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Collection, Iterable, Sequence
 
 from harmonic.errors import UserError, one_line
 from harmonic.records import SPLITS
@@ -45,6 +46,23 @@ def split_by_hash(ids: Iterable[str], shares: tuple[float, float, float] = DEFAU
                 spare = [name for name in splits if held.count(splits[name]) > 1]
                 splits[min(spare, key=lambda name: (max(low - numbers[name], numbers[name] - high), name))] = split
     return splits
+
+
+def named_ids(names: Iterable[str], ids: Collection[str]) -> tuple[set[str], list[str]]:
+    """The ids that a list names, and what it names that is not there, in natural order.
+
+    A name may be written in another of Unicode's forms than the id (macOS takes letters and accents apart).
+    """
+    named, absent, plain = set(), [], None
+    for name in names:
+        if name in ids:
+            named.add(name)
+            continue
+        if plain is None:
+            plain = {unicodedata.normalize("NFC", id): id for id in ids}
+        found = plain.get(unicodedata.normalize("NFC", name.replace("\\", "/")))
+        named.add(found) if found is not None else absent.append(name)
+    return named, sorted(absent, key=natural_key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +107,13 @@ class SplitRule:
         assert self.lists is not None and self.files is not None
         splits = dict.fromkeys(ids, "train")
         for split, names in self.lists.items():
-            absent = sorted(names - splits.keys())
+            named, absent = named_ids(names, splits)
             if absent:
                 raise UserError(
                     f"{self.files[split]} names {len(absent)} recordings that are not there, {one_line(absent[0])} the "
                     f"first; write names as the source has them, such as {one_line(min(ids))}"
                 )
-            splits.update(dict.fromkeys(names, split))
+            splits.update(dict.fromkeys(named, split))
         if "train" not in splits.values():
             raise UserError("the validation and test lists name every recording; leave some to train on")
         return splits

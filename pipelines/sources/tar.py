@@ -29,7 +29,7 @@ from harmonic.errors import UserError, one_line
 from harmonic.locks import is_at, locked_file
 from pipelines.errors import Unreadable, scratch_errors
 from pipelines.limits import check_ratio
-from pipelines.sources.base import Files, is_hidden
+from pipelines.sources.base import HIDDEN, Files, is_hidden
 from pipelines.sources.remote import RemoteFile
 from pipelines.sources.spool import spooled
 
@@ -106,6 +106,7 @@ class Tar(Files):
             # The finalizer runs even if `close` is never called.
             self._finalizer = weakref.finalize(self, _release, self._plain, self._is_copy())
             try:
+                self.left_out = {}
                 self._members = dict(self._scan(self._plain))
             except BaseException:
                 self.close()
@@ -122,7 +123,10 @@ class Tar(Files):
                 while (info := archive.next()) is not None:
                     archive.members.clear()  # tarfile would keep all headers in memory
                     parts = [part for part in info.name.split("/") if part not in ("", ".")]
-                    if info.isdir() or is_hidden("/".join(parts)):
+                    if info.isdir():
+                        continue
+                    if is_hidden("/".join(parts)):
+                        self.leave_out(HIDDEN, info.name)
                         continue
                     reason = ""
                     if info.issparse() or not info.isreg():

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, cast
 from harmonic.errors import UserError, one_line
 from pipelines.errors import Unreadable
 from pipelines.limits import MAX_RATIO, check_ratio, is_bomb
-from pipelines.sources.base import Files, is_hidden
+from pipelines.sources.base import HIDDEN, Files, is_hidden
 from pipelines.sources.remote import RangeReader, RemoteFile
 from pipelines.sources.spool import spooled
 
@@ -26,7 +26,7 @@ _DAMAGED = (
     EOFError,
     ValueError,
     OverflowError,
-    RuntimeError,  # includes NotImplementedError: a compression that zipfile does not know
+    RuntimeError,
 )
 
 
@@ -43,9 +43,11 @@ class Zip(Files):
         self._remote = remote
         self._zip: zipfile.ZipFile | None = None
         self._reader: RangeReader | None = None
+        self._backslashes = False
+        self._renamed: dict[str, str] = {}  # names that are written otherwise in the archive
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_zip": None, "_reader": None}
+        return self.__dict__ | {"_zip": None, "_reader": None, "_renamed": {}}
 
     def _open(self) -> zipfile.ZipFile:
         if self._zip is None:
@@ -55,16 +57,29 @@ class Zip(Files):
             except _DAMAGED as error:
                 reason = error.strerror if isinstance(error, OSError) else one_line(error)
                 raise UserError(f"{self.path} cannot be opened as a zip archive ({reason}); get it again") from error
+            # Some programs for Windows part the folders by a backslash, which a name may also hold elsewhere.
+            names = [info.filename for info in self._zip.infolist()]
+            self._backslashes = not any("/" in name for name in names)
+            self._renamed = {plain: name for name in names if (plain := self._plain(name)) != name}
         return self._zip
+
+    def _plain(self, name: str) -> str:
+        name = name.replace("\\", "/") if self._backslashes else name
+        return "/".join(part for part in name.split("/") if part != ".") if "./" in name else name
 
     def sizes(self) -> dict[str, int]:
         sizes = {}
+        self.left_out = {}
         for info in self._open().infolist():
-            if not info.filename or info.is_dir() or is_hidden(info.filename):  # a name that begins with NUL is empty
+            name = self._plain(info.filename)
+            if not name or name.endswith("/"):  # a name that begins with NUL is empty
+                continue
+            if is_hidden(name):
+                self.leave_out(HIDDEN, name)
                 continue
             if info.flag_bits & 1:
                 raise UserError(f"{self.path} is encrypted; unpack it and give the folder as --source")
-            sizes[info.filename] = info.file_size
+            sizes[name] = info.file_size
         packed = (self._remote.size if self._remote else os.path.getsize(self.path)) or 0
         # Catches members that overlap. A single member that claims too much is left to `open`, which skips it alone.
         infos = self._open().infolist()
@@ -74,7 +89,7 @@ class Zip(Files):
     def open(self, name: str) -> BinaryIO:
         archive = self._open()
         try:
-            info = archive.getinfo(name)
+            info = archive.getinfo(self._renamed.get(name, name))
         except KeyError:
             raise UserError(f"{self.path} changed while it was read: {name!r} is gone; run again") from None
         if is_bomb(info.file_size, info.compress_size):
@@ -88,11 +103,16 @@ class Zip(Files):
         try:
             with archive.open(info) as member:
                 return spooled(cast(BinaryIO, member), name, info.file_size)  # checks the CRC as well
+        except NotImplementedError as error:
+            raise Unreadable(
+                f"is packed by a method that is not read here ({one_line(error)}): unpack the archive and give the "
+                "folder, or pack it again with Deflate"
+            ) from error
         except _DAMAGED as error:
             raise Unreadable(f"is damaged in the archive: {one_line(error)}") from error
 
     def stamp(self, name: str) -> tuple[object, ...]:
-        info = self._open().getinfo(name)
+        info = self._open().getinfo(self._renamed.get(name, name))
         return info.file_size, info.CRC
 
     def close(self) -> None:

@@ -10,14 +10,12 @@ import soxr
 from harmonic.audio import SAMPLE_RATE
 
 
-def mono(blocks: Iterator[np.ndarray], rate: int) -> Iterator[np.ndarray]:
-    """Mixes float32 blocks [time, channels] by their mean and resamples them by soxr's HQ: blocks [time] at 16 kHz.
+def mono(blocks: Iterator[np.ndarray], rate: int, target: int = SAMPLE_RATE) -> Iterator[np.ndarray]:
+    """Mixes float32 blocks [time, channels] by their mean, resampled by soxr's HQ to `target` Hz: blocks [time].
 
-    At 16 kHz nothing is resampled. The samples do not depend on where the blocks are cut.
+    At that rate nothing is resampled. The samples do not depend on where the blocks are cut.
     """
-    resampler = (
-        soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ") if rate != SAMPLE_RATE else None
-    )
+    resampler = soxr.ResampleStream(rate, target, 1, dtype="float32", quality="HQ") if rate != target else None
     for block in blocks:
         # One channel: no mean, which would be a third of a short recording's decoding time.
         mixed = block[:, 0] if block.shape[1] == 1 else block.mean(axis=1, dtype=np.float32)

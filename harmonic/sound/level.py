@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from pipelines.errors import Unreadable
+from harmonic.errors import Unreadable
 
 
 @dataclasses.dataclass
