@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -126,6 +126,31 @@ def evaluate_split(
     if progress:
         progress.close()
     return Likelihood(nats, samples, recordings, time.monotonic() - started)
+
+
+@functools.lru_cache(maxsize=8)
+def _sample_function(model: Model) -> Callable[..., tuple[jax.Array, Any]]:
+    @jax.jit
+    def segment(params, tokens, labels, state):
+        outputs, state = model.apply(model.prepare(params), {"tokens": tokens, "label": labels}, state)
+        return -model.log_prob(outputs, tokens), state
+
+    return segment
+
+
+def sample_nats(model: Model, params: Any, segments: Iterable[np.ndarray], labels: np.ndarray) -> Iterator[np.ndarray]:
+    """The negative log-likelihood of every sample in nats, [batch, time] for each segment.
+
+    Args:
+      model, params: what is evaluated.
+      segments: tokens [batch, time, channels], one segment after another from the recordings' start; time is a
+        multiple of the model's.
+      labels: [batch] int32, as `Split.label_numbers` gives them.
+    """
+    state = model.init_state(len(labels), jax.tree.leaves(params)[0].dtype)
+    for tokens in segments:
+        nats, state = _sample_function(model)(params, tokens, labels, state)
+        yield np.asarray(nats)
 
 
 @dataclasses.dataclass(frozen=True)
