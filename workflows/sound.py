@@ -9,7 +9,6 @@ Writes RUN/sound.json, and builds the report again, which shows the figures. An 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -58,10 +57,10 @@ def main() -> None:
         _refuse("only --choose tries several settings; give --temperature and --top_p", "temperatures", "top_ps")
     with run.writing():
         if _CHOOSE.value:
-            grid = {"temperatures": _numbers("temperatures"), "top_ps": _numbers("top_ps")}
+            grid: dict[str, Any] = {"temperatures": _numbers("temperatures"), "top_ps": _numbers("top_ps")}
             lines = _choice(choose(run.folder, data, **grid, **shared))
         else:
-            one = {"split": _SPLIT.value, "temperature": _TEMPERATURE.value, "top_p": _TOP_P.value}
+            one: dict[str, Any] = {"split": _SPLIT.value, "temperature": _TEMPERATURE.value, "top_p": _TOP_P.value}
             lines = _table(measure_run(run.folder, data, **one, **shared))
         report = build_report(run.folder) if (run.folder / "metrics.jsonl").exists() else None
     print("\n".join(lines))
@@ -75,7 +74,7 @@ def _refuse(why: str, *names: str) -> None:
 
 
 def _numbers(name: str) -> tuple[float, ...]:
-    items = cli.FLAGS[name].value
+    items: list[str] = cli.FLAGS[name].value or []
     try:
         return tuple(float(item) for item in items)
     except ValueError:
@@ -89,6 +88,14 @@ _ROWS = {
     "shaped_noise": "noise, their spectrum",
     "white_noise": "white noise",
 }
+_FIGURES = (  # key of a row, form, width
+    ("distance", ",.0f", 12),
+    ("frames", ",", 9),
+    ("level_db", ".1f", 9),
+    ("peaks", ".1%", 8),
+    ("silence", ".1%", 9),
+    ("onsets_per_second", ".2f", 10),
+)
 
 
 def _number(value: float | None, form: str) -> str:
@@ -100,11 +107,8 @@ def _table(found: dict[str, Any]) -> list[str]:
     for key, title in _ROWS.items():
         row = found["rows"].get(key)
         if row:
-            lines.append(
-                f"{title:22}{_number(row['distance'], ',.0f'):>12}{row['frames']:>9,}{_number(row['level_db'], '.1f'):>9}"
-                f"{_number(row['peaks'], '.1%'):>8}{_number(row['silence'], '.1%'):>9}"
-                f"{_number(row['onsets_per_second'], '.2f'):>10}"
-            )
+            figures = ((row[name], form, width) for name, form, width in _FIGURES)
+            lines.append(f"{title:22}" + "".join(f"{_number(value, form):>{width}}" for value, form, width in figures))
     if found["share"] is not None:
         lines.append(f"share of the way from training recordings (0) to noise (1): {found['share']:.3f}")
     if found["drift"]:
@@ -125,8 +129,8 @@ def _choice(found: dict[str, Any]) -> list[str]:
     ]
     best, train = found["recommended"], found["train"]
     lines.append(
-        f"training recordings: {train['distance']:,.0f} ({train['least']:,.0f} to {train['greatest']:,.0f}); noise with "
-        f"their spectrum: {_number(found['shaped_noise']['distance'], ',.0f')}"
+        f"training recordings: {train['distance']:,.0f} ({train['least']:,.0f} to {train['greatest']:,.0f}); "
+        f"noise with their spectrum: {_number(found['shaped_noise']['distance'], ',.0f')}"
     )
     lines += found["notes"]
     lines.append(

@@ -64,17 +64,24 @@ def choose(
     comparison = Comparison(dataset, trained.config, plan)
     if comparison.too_short is not None:
         raise UserError(f"there is nothing to choose by: {comparison.too_short}; give more --num_clips or --seconds")
-    choice: dict[str, Any] = {**made_from(trained, dataset, plan), "checkpoint": checkpoint}
+    key: dict[str, Any] = {**made_from(trained, dataset, plan), "checkpoint": checkpoint}
     noted = (run.read(SOUND) or {}).get("choice") or {}
-    kept = noted.get("rows", []) if all(noted.get(name) == value for name, value in choice.items()) else []
+    kept = noted.get("rows", []) if all(noted.get(name) == value for name, value in key.items()) else []
     rows = {(row["temperature"], row["top_p"]): row for row in kept}
-    wanted = list(dict.fromkeys(itertools.product(map(float, temperatures), map(float, top_ps))))
-    for number, pair in enumerate(wanted, 1):
+    references = comparison.figures(None)["rows"]
+
+    def note(notes: list[str], **more: Any) -> dict[str, Any]:
+        beside = {name: references[name] for name in ("train", "shaped_noise")}
+        choice = {**key, "rows": [rows[pair] for pair in sorted(rows)], **beside, "notes": notes, **more}
+        run.write(SOUND, {**(run.read(SOUND) or {}), "choice": choice})
+        return choice
+
+    notes = noted.get("notes", []) if kept else []
+    for pair in dict.fromkeys(itertools.product(map(float, temperatures), map(float, top_ps))):
         if pair in rows:
             continue
-        if show_progress:
-            print(f"{number} of {len(wanted)}: temperature {pair[0]:g}, top_p {pair[1]:g}")
-        made = generate_clips(trained, dataset, plan, *pair, show_progress=show_progress)
+        title = f"temperature {pair[0]:g}, top_p {pair[1]:g}"
+        made = generate_clips(trained, dataset, plan, *pair, title=title, show_progress=show_progress)
         figures = comparison.figures(made.heard)
         rows[pair] = {
             "temperature": pair[0],
@@ -83,22 +90,9 @@ def choose(
             "share": figures["share"],
             "bits_per_sample": made.bits_per_sample,
         }
-        choice |= {
-            "rows": [rows[key] for key in sorted(rows)],
-            "train": figures["rows"]["train"],
-            "shaped_noise": figures["rows"]["shaped_noise"],
-            "notes": figures["notes"],
-        }
-        _note(run, choice)
-    if "rows" not in choice:
-        choice = {**noted, **choice}
+        notes = figures["notes"]
+        note(notes)
     best = min(rows.values(), key=lambda row: (row["distance"], -row["temperature"], -row["top_p"]))
-    chance = choice["train"]["greatest"] - choice["train"]["least"]
+    chance = references["train"]["greatest"] - references["train"]["least"]
     alike = sum(row["distance"] - best["distance"] <= chance for row in rows.values()) - 1
-    choice["recommended"] = {**best, "alike": alike}
-    _note(run, choice)
-    return choice
-
-
-def _note(run: Run, choice: dict[str, Any]) -> None:
-    run.write(SOUND, {**(run.read(SOUND) or {}), "choice": choice})
+    return note(notes, recommended={**best, "alike": alike})

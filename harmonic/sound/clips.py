@@ -62,7 +62,9 @@ def hear_excerpts(split: Split, places: list[Excerpt], into: Heard) -> None:
             clip.feed(codec.decode(split.read(recording, start, min(start + _BLOCK, last))))
 
 
-def noise_of(heard: Heard | None, power: float, codec: Codec, length: int, *, seed: tuple[int, int]) -> Iterator[np.ndarray]:
+def noise_of(
+    heard: Heard | None, power: float, codec: Codec, length: int, *, seed: tuple[int, int]
+) -> Iterator[np.ndarray]:
     """Blocks of Gaussian noise, quantised as the data set's recordings are.
 
     Args:

@@ -1,8 +1,8 @@
 """How a run's generated clips sound, beside recordings and noise; written to the run's sound.json.
 
-Generated clips are compared with held-out recordings by the Fréchet distance of their log-mel frames. Beside the distance
-are what training recordings have (the floor), and what noise with the recordings' mean spectrum and white noise have, each
-at the same amount of audio. Nothing but the weights, the data and the settings decides the figures.
+Generated clips are compared with held-out recordings by the Fréchet distance of their log-mel frames. Beside it are the
+distances of training recordings (the floor), of noise with their mean spectrum and of white noise, each from the same
+amount of audio. Nothing but the weights, the data and the settings decides the figures.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from threadpoolctl import threadpool_limits
 
 from harmonic.checkpoint import Trained
 from harmonic.config import Config
-from harmonic.data import Dataset, Split, hop_length, stream_rows
+from harmonic.data import Dataset, EvaluationBatch, Split, hop_length, stream_rows
 from harmonic.errors import UserError
-from harmonic.evaluate import sample_nats
+from harmonic.evaluate import segment_nats
 from harmonic.metrics import Progress
 from harmonic.perceptual.metrics import frechet, samples_needed
 from harmonic.run import SOUND, Run
@@ -135,8 +135,8 @@ def measure_run(
     Returns:
       The content of sound.json: what the figures were made from, and
       "rows": by name (generated, held_out, train, shaped_noise, white_noise) {"distance" (dB², to the held-out
-      recordings), "frames", "seconds", "level_db", "peaks", "silence", "onsets_per_second"}; train's distance is the mean
-      of several choices of recordings, with "least", "greatest" and "choices";
+      recordings), "frames", "seconds", "level_db", "peaks", "silence", "onsets_per_second"}; train's distance is the
+      mean of several choices of recordings, with "least", "greatest" and "choices";
       "share": where the generated clips are between train (0) and shaped_noise (1);
       "drift": bits per sample of the generated clips and of held-out recordings by the second of the clip;
       "notes": what limits the figures. Figures that cannot be computed are None, and a note says why.
@@ -157,7 +157,8 @@ def measure_run(
     if comparison.too_short is None:
         made = generate_clips(trained, dataset, plan, temperature, top_p, show_progress=show_progress)
         figures = comparison.figures(made.heard)
-        figures["drift"] = drift(made.nats, score(trained, dataset, comparison.scored, plan), plan, dataset)
+        scored, rate = score(trained, dataset, comparison.scored, plan), dataset.manifest.sample_rate
+        figures["drift"] = drift(made.nats, scored, plan, rate, trained.config)
     else:
         figures = {**comparison.figures(None), "drift": []}
     result = {**described, "checkpoint": checkpoint, "temperature": temperature, "top_p": top_p, **figures}
@@ -244,7 +245,7 @@ class Comparison:
         share = self._share(rows)
         if self.held_out.level is None or self._floors[0].level is None:
             notes.append("The recordings are silent: there is no noise as loud as they are.")
-        elif share is None and not notes:
+        elif share is None and generated is not None and not notes:
             notes.append("The noise is no farther from the held-out recordings than the training recordings are.")
         return {"rows": rows, "share": share, "notes": notes}
 
@@ -289,18 +290,25 @@ def _one_thread() -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """Generated clips: what is heard in them, and their nats by slice of the clip."""
+    """Generated clips: what is heard in them, their nats by slice of the clip, and their bits per sample."""
 
     heard: Heard
     nats: np.ndarray
+    bits_per_sample: float
 
 
-def slices(plan: Plan, rate: int) -> np.ndarray:
-    """Where the slices end that likelihood is summed over, in samples: seconds, or a quarter of a short clip."""
-    size = rate if plan.length >= 3 * rate else max(1, plan.length // 4)
-    ends = np.arange(size, plan.length + 1, size)
+def slices(plan: Plan, rate: int, config: Config) -> tuple[np.ndarray, int]:
+    """Where the slices end that likelihood is summed over, in samples, and the length of the segments that fill them.
+
+    A slice is a second, or a quarter of a clip that is shorter than three, up to a multiple of the segments.
+    """
+    wanted = rate if plan.length >= 3 * rate else max(1, plan.length // 4)
+    multiple = config.model.multiple
+    segment = -(-min(config.evaluate.segment_length, wanted) // multiple) * multiple
+    size = segment * max(1, round(wanted / segment))
+    ends = np.arange(1, max(1, round(plan.length / size)) + 1) * size
     ends[-1] = plan.length
-    return ends
+    return ends, segment
 
 
 def generate_clips(
@@ -310,6 +318,7 @@ def generate_clips(
     temperature: float,
     top_p: float,
     *,
+    title: str = "listen",
     show_progress: bool = True,
 ) -> Generated:
     """Generates the clips of a plan and hears them; none is kept.
@@ -319,12 +328,11 @@ def generate_clips(
     """
     voice = Voice(trained.model, trained.params, Codec.of(dataset.manifest))
     rate = voice.codec.sample_rate
-    heard, ends = Heard(rate), slices(plan, rate)
+    heard, (ends, segment) = Heard(rate), slices(plan, rate, trained.config)
     nats = np.zeros(len(ends))
-    size = int(ends[0])
-    # The largest chunk of which slices are whole multiples.
-    chunk = next(size // n for n in range(-(-size // _CHUNK), size + 1) if size % n == 0)
-    progress = Progress("listen", plan.clips * plan.length, unit="sample") if show_progress else None
+    # The largest chunk of which segments, and so slices, are whole multiples.
+    chunk = next(segment // n for n in range(-(-segment // _CHUNK), segment + 1) if segment % n == 0)
+    progress = Progress(title, plan.clips * plan.length, unit="sample") if show_progress else None
     for first in range(0, plan.clips, _AT_ONCE):
         count = min(_AT_ONCE, plan.clips - first)
         clips, position = [heard.clip() for _ in range(count)], 0
@@ -339,7 +347,7 @@ def generate_clips(
             progress=progress,
         )
         for piece in made:
-            nats[min(np.searchsorted(ends, position, side="right"), len(ends) - 1)] += piece.nats.sum()
+            nats[slice_of(position, ends)] += piece.nats.sum()
             position += piece.sound.shape[1]
             with _one_thread():
                 for clip, sound in zip(clips, piece.sound, strict=True):
@@ -348,40 +356,40 @@ def generate_clips(
         progress.close()
     if not np.isfinite(nats).all():
         raise UserError("the likelihood of the generated clips is not finite: the weights are broken")
-    return Generated(heard, nats)
+    return Generated(heard, nats, float(nats.sum() / math.log(2) / (plan.clips * plan.length)))
 
 
 def score(trained: Trained, dataset: Dataset, places: list[Excerpt], plan: Plan) -> tuple[np.ndarray, np.ndarray]:
     """(nats, samples) of held-out excerpts by slice of the clip, each excerpt with no past."""
-    split, ends = dataset.split(plan.split), slices(plan, dataset.manifest.sample_rate)
+    split, config = dataset.split(plan.split), trained.config
+    ends, segment = slices(plan, dataset.manifest.sample_rate, config)
     nats, counts = np.zeros(len(ends)), np.zeros(len(ends), np.int64)
-    multiple = trained.model.multiple
-    length = -(-min(trained.config.evaluate.segment_length, plan.length) // multiple) * multiple
-    batch = min(trained.config.evaluate.batch_size, len(places))
+    size = min(config.evaluate.batch_size, len(places))
     numbers = split.label_numbers(dataset.labels())
-    for first in range(0, len(places), batch):
-        rows = places[first : first + batch]
-        labels = np.full(batch, -1, np.int32)
+    for first in range(0, len(places), size):
+        rows = places[first : first + size]
+        lengths, labels = np.zeros(size, np.int32), np.full(size, -1, np.int32)
+        lengths[: len(rows)] = [stop - start for _, start, stop in rows]
         labels[: len(rows)] = [numbers[recording] for recording, _, _ in rows]
-        left = np.array([stop - start for _, start, stop in rows])
-        segments = stream_rows(split, rows, batch, length)
-        for number, found in enumerate(sample_nats(trained.model, trained.params, segments, labels)):
-            at = number * length + np.arange(length)
-            within = at[None] < left[:, None]
-            place = np.searchsorted(ends, at, side="right").clip(max=len(ends) - 1)
-            sums = np.where(within, found[: len(rows)], 0).sum(0, dtype=np.float64)
-            nats += np.bincount(place, sums, len(ends))
-            counts += np.bincount(place, within.sum(0), len(ends)).astype(np.int64)
+        batch = EvaluationBatch(lengths, labels, stream_rows(split, rows, size, segment))
+        for number, (found, samples) in enumerate(segment_nats(trained.model, trained.params, batch)):
+            place = slice_of(number * segment, ends)
+            nats[place] += found.sum()
+            counts[place] += samples.sum()
     return nats, counts
 
 
+def slice_of(position: int, ends: np.ndarray) -> int:
+    """The number of the slice that a sample belongs to."""
+    return min(int(np.searchsorted(ends, position, side="right")), len(ends) - 1)
+
+
 def drift(
-    generated: np.ndarray, held_out: tuple[np.ndarray, np.ndarray], plan: Plan, dataset: Dataset
+    generated: np.ndarray, held_out: tuple[np.ndarray, np.ndarray], plan: Plan, rate: int, config: Config
 ) -> list[dict[str, Any]]:
     """Bits per sample by slice: {"start", "stop" (seconds), "generated", "held_out" (None where no recording is as
     long)}."""
-    rate = dataset.manifest.sample_rate
-    ends = slices(plan, rate)
+    ends, _ = slices(plan, rate, config)
     starts = np.concatenate([[0], ends[:-1]])
     rows = []
     for number, (start, stop) in enumerate(zip(starts, ends, strict=True)):
