@@ -42,6 +42,11 @@ def main() -> None:
     """Measures or chooses, and prints the table."""
     if cli.FLAGS.config or cli.FLAGS.set:
         raise UserError("a run is measured with its own config: give --workdir alone")
+    if _CHOOSE.value:
+        _refuse("--choose tries --temperatures and --top_ps on the validation split", "temperature", "top_p", "split")
+    else:
+        _refuse("only --choose tries several settings; give --temperature and --top_p", "temperatures", "top_ps")
+    grid: dict[str, Any] = {"temperatures": _numbers("temperatures"), "top_ps": _numbers("top_ps")}
     run = Run(cli.FLAGS.workdir or "runs/demo")
     data = cli.data_folder(run.config.data.dataset)
     shared: dict[str, Any] = {
@@ -51,13 +56,8 @@ def main() -> None:
         "clips": _NUM.value,
         "seconds": _SECONDS.value,
     }
-    if _CHOOSE.value:
-        _refuse("--choose tries --temperatures and --top_ps on the validation split", "temperature", "top_p", "split")
-    else:
-        _refuse("only --choose tries several settings; give --temperature and --top_p", "temperatures", "top_ps")
     with run.writing():
         if _CHOOSE.value:
-            grid: dict[str, Any] = {"temperatures": _numbers("temperatures"), "top_ps": _numbers("top_ps")}
             lines = _choice(choose(run.folder, data, **grid, **shared))
         else:
             one: dict[str, Any] = {"split": _SPLIT.value, "temperature": _TEMPERATURE.value, "top_p": _TOP_P.value}

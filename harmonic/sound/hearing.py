@@ -26,6 +26,7 @@ _NEIGHBOURS = 32  # bins of 16 Hz that have one median: half a kilohertz
 ONSET_DB = 3.0  # an onset: the bands rise by this in the mean over `_RISE` frames; falling bands count as 0
 _RISE, _GAP = 2, 5  # frames that a rise takes, and frames between two onsets at least
 _LEVELS = np.arange(-100, 12)  # dB; edges of the histogram of the frames' levels
+_NOTHING = 1e-10  # power: a constant is left with less, in float32
 
 
 class Moments:
@@ -93,14 +94,14 @@ class Heard:
 
     @property
     def level(self) -> float | None:
-        """Root mean square above 50 Hz in dB; full scale is a square wave's. None without sound."""
+        """Root mean square above 50 Hz in dB; full scale is a square wave's. None without sound, below -100."""
         power = self._energy / 3 / max(self._all_frames, 1)
-        return 10 * math.log10(power) if power > 0 else None
+        return 10 * math.log10(power) if power > _NOTHING else None
 
     @property
     def peaks(self) -> float | None:
         """Share of the energy in spectral peaks: near 1 for tones, below 0.01 for noise. None without sound."""
-        return self._peaks / self._energy if self._energy > 0 else None
+        return None if self.level is None else self._peaks / self._energy
 
     @property
     def onsets_per_second(self) -> float | None:
