@@ -357,7 +357,10 @@ def test_strange_findings_are_left_out(run: Path, wrong: dict[str, Any]) -> None
     words = Page(build_report(run)).words
     assert "Perceptual figures" not in words and "Listening" in words
     assert "How it sounds" in words and "of the way from recordings" not in words and "Drift" not in words
-    write(run / "sound.json", {**sound_of, "rows": 3})
+    write(run / "sound.json", {"choice": sound_of["choice"]})  # of a run that has only been chosen for
+    words = Page(build_report(run)).words
+    assert "Nearest: temperature 0.8" in words and "A frame has" not in words
+    write(run / "sound.json", {**sound_of, "rows": 3, "choice": None})
     assert "How it sounds" not in Page(build_report(run)).words
 
 

@@ -73,7 +73,8 @@ def sound(found: Json) -> Json | None:
         values = [(number(row, name), form) for name, _, form in _SOUND_FIGURES]
         ours = len(rows) if key == "generated" else ours
         rows.append([title, shown, share, *("" if value is None else format(value, form) for value, form in values)])
-    if not rows:
+    choice = _choice(section(found, "choice"))
+    if not rows and choice is None:
         return None
     phrases = (
         ("step", "step {:,.0f}"),
@@ -93,7 +94,7 @@ def sound(found: Json) -> Json | None:
         "facts": [form.format(value) for key, form in phrases if (value := number(found, key)) is not None],
         "notes": [str(note) for note in notes] if isinstance(notes, list) else [],
         "drift": _drift(objects(found.get("drift"))),
-        "choice": _choice(section(found, "choice")),
+        "choice": choice,
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from harmonic.data import Dataset
 from harmonic.errors import UserError
 from harmonic.run import SOUND, Run
-from harmonic.sound.measure import Comparison, generate_clips, made_from, make_plan
+from harmonic.sound.measure import Comparison, generate_clips, made_from, make_plan, written
 
 TEMPERATURES = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 TOP_PS = (0.9, 0.95, 1.0)
@@ -65,7 +65,7 @@ def choose(
     if comparison.too_short is not None:
         raise UserError(f"there is nothing to choose by: {comparison.too_short}; give more --num_clips or --seconds")
     key: dict[str, Any] = {**made_from(trained, dataset, plan), "checkpoint": checkpoint}
-    noted = (run.read(SOUND) or {}).get("choice") or {}
+    noted = written(run).get("choice") or {}
     kept = noted.get("rows", []) if all(noted.get(name) == value for name, value in key.items()) else []
     rows = {(row["temperature"], row["top_p"]): row for row in kept}
     references = comparison.figures(None)["rows"]
@@ -73,7 +73,7 @@ def choose(
     def note(notes: list[str], **more: Any) -> dict[str, Any]:
         beside = {name: references[name] for name in ("train", "shaped_noise")}
         choice = {**key, "rows": [rows[pair] for pair in sorted(rows)], **beside, "notes": notes, **more}
-        run.write(SOUND, {**(run.read(SOUND) or {}), "choice": choice})
+        run.write(SOUND, {**written(run), "choice": choice})
         return choice
 
     notes = noted.get("notes", []) if kept else []

@@ -95,14 +95,18 @@ def made_from(trained: Trained, dataset: Dataset, plan: Plan) -> dict[str, Any]:
     }
 
 
+def written(run: Run) -> dict[str, Any]:
+    """The content of sound.json; empty where it is missing or damaged."""
+    found = run.read(SOUND)
+    return found if isinstance(found, dict) else {}
+
+
 def known(run: Run, trained: Trained, dataset: Dataset, config: Config) -> dict[str, Any] | None:
     """What sound.json has of these weights and this config's sampling, from at least the usual amount of audio."""
-    found = run.read(SOUND)
+    found = written(run)
     plan = make_plan(config, dataset.split("test"))
     wanted = made_from(trained, dataset, plan)
     wanted |= {"temperature": config.generate.temperature, "top_p": config.generate.top_p}
-    if not isinstance(found, dict):
-        return None
     amounts = ("clips", "clip_seconds")
     same = all(found.get(name) == value for name, value in wanted.items() if name not in amounts)
     return found if same and all((found.get(name) or 0) >= wanted[name] for name in amounts) else None
@@ -162,8 +166,7 @@ def measure_run(
     else:
         figures = {**comparison.figures(None), "drift": []}
     result = {**described, "checkpoint": checkpoint, "temperature": temperature, "top_p": top_p, **figures}
-    before = run.read(SOUND)
-    choice = before.get("choice") if isinstance(before, dict) else None
+    choice = written(run).get("choice")
     if isinstance(choice, dict) and choice.get("weights_sha256") == trained.sha256:
         result["choice"] = choice
     run.write(SOUND, result)
