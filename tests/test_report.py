@@ -49,6 +49,7 @@ def run(tmp_path: Path) -> Path:
 def without_samples(run: Path) -> Path:
     shutil.rmtree(run / "samples")
     (run / "nearest.json").unlink()
+    (run / "sound.json").unlink(missing_ok=True)
     return run
 
 
@@ -112,13 +113,13 @@ def test_the_page_says_what_the_files_say(finished: Path) -> None:
         "86 min",
         "python -m workflows.full_run --config=sc09",
         '"learning_rate": 0.002',
-        "The generated clips are 0.25 of the way",
-        "Generated 4,000 0.25 6,288 -12.5 81.2% 6.2% 2.25",
-        "Training recordings 2,000 (1,900 to 2,100) 0.00 6,288",
-        "White noise 24,000 2.75 6,288 81.2%",
+        "of the way from recordings to noise",
+        "0 is as near to the test split as training recordings are",
+        "4,000 0.25 6,288 -12.5 81.2% 6.2% 2.25 2,000 (1,900 to 2,100) 0.00 6,288",
+        "24,000 2.75 6,288 81.2%",  # white noise, of no level
         "step 300, 16 clips, each of 4 s, temperature 0.9, top_p 1.",
         "A note of seven.",
-        "0.8 1 4,000 0.400 0.9 1 4,500 0.450",
+        "1 4,000 0.400 1 4,500 0.450",
         "Nearest: temperature 0.8, top-p 1. Other pairs within chance of it: 1.",
         "12.5% of the generated excerpts are as close to a training recording as a copy would be;",
         "of the held-out recordings' excerpts 0.0% are.",
@@ -323,7 +324,6 @@ def test_the_report_is_whole_or_absent(run: Path, monkeypatch: pytest.MonkeyPatc
             build_report(run)
     assert (run / "report.html").read_bytes() == before
     files = {"config.json", "evaluation.json", "metrics.jsonl", "perceptual.json", "report.html", "nearest"}
-    files |= {"sound.json"}
     assert {path.name for path in run.iterdir()} == files
 
 
