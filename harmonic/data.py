@@ -412,12 +412,13 @@ def evaluation_batches(
         lengths[: len(batch)] = [stop - start for _, start, stop in batch]
         found = np.full(batch_size, -1, np.int32)
         found[: len(batch)] = [numbers[recording] for recording, _, _ in batch]
-        yield EvaluationBatch(lengths, found, _segments(split, batch, batch_size, segment_length))
+        yield EvaluationBatch(lengths, found, stream_rows(split, batch, batch_size, segment_length))
 
 
-def _segments(
+def stream_rows(
     split: Split, rows: list[tuple[int, int, int]], batch_size: int, segment_length: int
 ) -> Iterator[np.ndarray]:
+    """Tokens [batch_size, segment_length, channels] of rows (recording, start, stop) side by side, then zeros."""
     longest = max(stop - start for _, start, stop in rows)
     shape = (batch_size, segment_length, split.manifest.channels)
     for offset in range(0, longest, segment_length):

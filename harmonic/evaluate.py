@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from harmonic.config import Config
-from harmonic.data import Split, evaluation_batches
+from harmonic.data import EvaluationBatch, Split, evaluation_batches
 from harmonic.errors import UserError
 from harmonic.metrics import Progress
 from harmonic.models.base import Model
@@ -59,6 +59,19 @@ def _segment_function(model: Model) -> Callable[..., tuple[jax.Array, Any]]:
     return segment
 
 
+def segment_nats(model: Model, params: Any, batch: EvaluationBatch) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Negative log-likelihood in nats and number of samples of each row, [batch], segment by segment.
+
+    The state is carried from one segment to the next; their length must be a multiple of the model's.
+    """
+    state = model.init_state(len(batch.lengths), jax.tree.leaves(params)[0].dtype)
+    left = batch.lengths.copy()
+    for tokens in batch.segments:
+        nats, state = _segment_function(model)(params, tokens, batch.labels, left, state)
+        yield np.asarray(nats, np.float64), np.clip(left, 0, tokens.shape[1])
+        left = np.maximum(left - tokens.shape[1], 0)
+
+
 def evaluate_split(
     model: Model,
     params: Any,
@@ -94,7 +107,6 @@ def evaluate_split(
     lengths = np.minimum(split.lengths, config.data.crop_length or split.lengths)
     rows = int((-(-lengths // longest)).sum())
     batch_size = min(config.evaluate.batch_size, rows)
-    segment = _segment_function(model)
     nats, samples = 0.0, 0
     recordings = min(limit, len(split.recordings)) if limit else len(split.recordings)
     title = f"evaluate (reset every {reset_every:,})" if reset_every else "evaluate"
@@ -109,18 +121,14 @@ def evaluate_split(
         shard=shard,
         labels=labels,
     ):
-        state = model.init_state(batch_size, jax.tree.leaves(params)[0].dtype)
-        left = batch.lengths.copy()
-        for tokens in batch.segments:
-            row_nats, state = segment(params, tokens, batch.labels, left, state)
-            total = float(np.asarray(row_nats, np.float64).sum())
-            seen = int(np.clip(left, 0, segment_length).sum())
+        for row_nats, row_samples in segment_nats(model, params, batch):
+            total, seen = float(row_nats.sum()), int(row_samples.sum())
             if not math.isfinite(total):
                 raise UserError(
                     f"the likelihood of the {split.name} split is not finite: the weights are broken; "
                     "evaluate another checkpoint"
                 )
-            nats, samples, left = nats + total, samples + seen, np.maximum(left - segment_length, 0)
+            nats, samples = nats + total, samples + seen
             if progress:
                 progress.update(seen, f"{nats / math.log(2) / samples:.4f} bits/sample")
     if progress:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from harmonic.checkpoint import Trained
 
 CONFIG, EVALUATION, SAMPLES, SUMMARY = "config.json", "evaluation.json", "samples/samples.json", "summary.json"
+SOUND = "sound.json"
 
 # A run may be continued with other values of these fields: none of them changes its weights.
 _MAY_DIFFER = [

@@ -8,10 +8,12 @@ from __future__ import annotations
 import functools
 import io
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
 MELS = 64
+LOWEST = 50.0  # Hz; leaves out a constant offset, which quantisation can add
 WINDOW_SECONDS, HOP_SECONDS = 0.064, 0.01  # length of a frame, and time between frames
 _FLOOR = 1e-6  # mel power that counts as silence: quantisation noise of 8 bits is hardly above it
 
@@ -20,13 +22,37 @@ _FLOOR = 1e-6  # mel power that counts as silence: quantisation noise of 8 bits 
 def _filters(sample_rate: int, window: int) -> np.ndarray:
     import librosa
 
-    lowest = 50.0  # Hz; leaves out a constant offset, which quantisation can add
-    return librosa.filters.mel(sr=sample_rate, n_fft=window, n_mels=MELS, fmin=lowest).T.astype(np.float32)
+    return librosa.filters.mel(sr=sample_rate, n_fft=window, n_mels=MELS, fmin=LOWEST).T.astype(np.float32)
 
 
 def frame_sizes(sample_rate: int) -> tuple[int, int]:
     """(samples of a frame, samples from one frame to the next)."""
     return max(2 * round(sample_rate * WINDOW_SECONDS / 2), 2), max(round(sample_rate * HOP_SECONDS), 1)
+
+
+def power_spectra(waveform: np.ndarray, sample_rate: int, hop: int) -> Iterator[np.ndarray]:
+    """Power spectra of every whole frame of a waveform [time], some frames at a time: float32 [frames, bins].
+
+    A bin is 1 / `WINDOW_SECONDS` wide. The spectrum of a sine at full scale has a peak of 1 and a sum of 1.5.
+    """
+    import scipy.fft
+
+    window = frame_sizes(sample_rate)[0]
+    if len(waveform) < window:
+        return
+    taper = np.hanning(window + 1)[:-1].astype(np.float32)
+    taper *= 2 / taper.sum()
+    frames = np.lib.stride_tricks.sliding_window_view(np.asarray(waveform, np.float32), window)[::hop]
+    for first in range(0, len(frames), 1024):
+        spectrum = scipy.fft.rfft(frames[first : first + 1024] * taper, axis=1)
+        yield spectrum.real**2 + spectrum.imag**2
+
+
+def mel_bands(power: np.ndarray, sample_rate: int) -> np.ndarray:
+    """Power in `MELS` bands, float32 [frames, MELS], of power spectra."""
+    window = frame_sizes(sample_rate)[0]
+    # librosa's filters have equal areas in Hz; multiplied by this factor, they have them in bins.
+    return (power @ _filters(sample_rate, window)) * np.float32(sample_rate / window)
 
 
 def mel_power(waveform: np.ndarray, sample_rate: int, hop: int) -> np.ndarray:
@@ -35,26 +61,18 @@ def mel_power(waveform: np.ndarray, sample_rate: int, hop: int) -> np.ndarray:
     A sine at full scale has a power between 0.1 and 1 in its band. librosa's melspectrogram agrees to 3e-5 dB; it takes
     twice the time and, since it keeps the whole complex spectrum, ten times the memory for ten minutes.
     """
-    import scipy.fft
+    parts = [mel_bands(power, sample_rate) for power in power_spectra(waveform, sample_rate, hop)]
+    return np.concatenate(parts or [np.zeros((0, MELS), np.float32)])
 
-    window = frame_sizes(sample_rate)[0]
-    if len(waveform) < window:
-        return np.zeros((0, MELS), np.float32)
-    taper = np.hanning(window + 1)[:-1].astype(np.float32)
-    taper *= 2 / taper.sum()
-    frames = np.lib.stride_tricks.sliding_window_view(np.asarray(waveform, np.float32), window)[::hop]
-    parts = []
-    for first in range(0, len(frames), 1024):
-        spectrum = scipy.fft.rfft(frames[first : first + 1024] * taper, axis=1)
-        # librosa's filters have equal areas in Hz; multiplied by this factor, they have them in bins.
-        power = (spectrum.real**2 + spectrum.imag**2) @ _filters(sample_rate, window)
-        parts.append(power * np.float32(sample_rate / window))
-    return np.concatenate(parts)
+
+def decibels(power: np.ndarray) -> np.ndarray:
+    """Mel power in dB; silence is at -60."""
+    return 10 * np.log10(np.maximum(power, _FLOOR))
 
 
 def log_mel(waveform: np.ndarray, sample_rate: int) -> np.ndarray:
     """Log-mel frames in dB, float32 [frames, MELS], a frame every `HOP_SECONDS`; silence is at -60."""
-    return 10 * np.log10(np.maximum(mel_power(waveform, sample_rate, frame_sizes(sample_rate)[1]), _FLOOR))
+    return decibels(mel_power(waveform, sample_rate, frame_sizes(sample_rate)[1]))
 
 
 def picture(waveform: np.ndarray, sample_rate: int, columns: int = 400) -> np.ndarray:
@@ -69,8 +87,8 @@ def picture(waveform: np.ndarray, sample_rate: int, columns: int = 400) -> np.nd
     power = power[: max(1, len(waveform) // hop)]
     starts = np.arange(0, len(power), math.ceil(len(power) / columns))
     power = np.add.reduceat(power, starts, axis=0) / np.diff(starts, append=len(power))[:, None]
-    decibels = 10 * np.log10(np.maximum(power, 1e-10))
-    return np.round(255 * np.clip(1 + (decibels - decibels.max()) / 80, 0, 1)).astype(np.uint8).T[::-1]
+    levels = 10 * np.log10(np.maximum(power, 1e-10))
+    return np.round(255 * np.clip(1 + (levels - levels.max()) / 80, 0, 1)).astype(np.uint8).T[::-1]
 
 
 def colours(levels: np.ndarray) -> np.ndarray:

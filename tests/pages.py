@@ -120,6 +120,20 @@ def make_run(folder: Path, name: str = "sc09", label: str = "seven") -> Path:
     figures |= {"rejected": {"fid": 15.75, "clips": 140, "kept": 140}, "train": {"fid": 0.0, **real}}
     write(folder / "perceptual.json", {"step": 300, "temperature": 0.8, "num_samples": 512, **figures})
 
+    heard = {"frames": 6_288, "seconds": 64.0, "level_db": -12.5, "peaks": 0.8125, "silence": 0.0625}
+    heard |= {"onsets_per_second": 2.25}
+    distances = {"generated": 4_000.0, "held_out": None, "train": 2_000.0, "shaped_noise": 10_000.0}
+    every = {name: {**heard, "distance": distance} for name, distance in distances.items()}
+    every["train"] |= {"least": 1_900.0, "greatest": 2_100.0, "choices": 3}
+    every["white_noise"] = {**heard, "distance": 24_000.0, "level_db": None}
+    pairs = [{"temperature": t, "top_p": 1.0, "distance": 5_000 * t, "share": t / 2} for t in (0.8, 0.9)]
+    choice = {"split": "validation", "step": 300, "rows": pairs, "recommended": {**pairs[0], "alike": 1}}
+    drift = [{"start": n, "stop": n + 1, "generated": 3 - 0.1 * n, "held_out": 3 + 0.1 * n} for n in range(4)]
+    made_from = {"step": 300, "split": "test", "clips": 16, "clip_seconds": 4.0, "temperature": 0.9, "top_p": 1.0}
+    notes = [f"A note of {label}."]
+    sounds = {"rows": every, "share": 0.25, "drift": drift, "notes": notes, "choice": choice}
+    write(folder / "sound.json", {**made_from, **sounds})
+
     (folder / "nearest").mkdir()
     clips: dict[str, list[dict[str, Any]]] = {"generated": [], "held_out": []}
     for number in range(3):

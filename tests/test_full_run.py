@@ -73,33 +73,40 @@ def test_full_run_leaves_what_it_promises(finished):
     for row in described["samples"]:
         waveform, rate = soundfile.read(finished / "samples" / row["file"])
         assert rate == 16_000 and len(waveform) == pytest.approx(row["seconds"] * rate)
+    sound = json.loads((finished / "sound.json").read_text())
+    assert sound["weights_sha256"] == described["weights_sha256"] and "needs 129" in sound["notes"][0]
+    assert summary["sound"]["notes"] == sound["notes"] and summary["sound"]["share"] is None  # clips are too short
     report = (finished / "report.html").read_text()
-    assert report.count("<audio") == len(kinds)
+    assert report.count("<audio") == len(kinds) and "How it sounds" in report
     assert not list(finished.rglob("*.partial"))
 
 
 def test_a_finished_run_is_skipped(place, finished):
     before = {
-        p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.suffix in (".wav", ".jsonl") or "ema" in p.parts
+        p: p.stat().st_mtime_ns
+        for p in finished.rglob("*")
+        if p.suffix in (".wav", ".jsonl") or "ema" in p.parts or p.name == "sound.json"
     }
     stages = json.loads((finished / "summary.json").read_text())["stages"]
     run(*FULL, cwd=place)
     assert {p: p.stat().st_mtime_ns for p in before} == before
     after = json.loads((finished / "summary.json").read_text())["stages"]
-    assert {k: after[k] for k in ("train", "evaluate", "generate")} == {
-        k: stages[k] for k in ("train", "evaluate", "generate")
+    assert {k: after[k] for k in ("train", "evaluate", "generate", "sound")} == {
+        k: stages[k] for k in ("train", "evaluate", "generate", "sound")
     }
 
 
 def test_a_lost_stage_is_made_again(place, finished):
     evaluation, sample = finished / "evaluation.json", finished / "samples" / "sample_0000.wav"
     figures, sound = json.loads(evaluation.read_text()), sample.read_bytes()
+    heard = (finished / "sound.json").read_bytes()
     evaluation.unlink()
+    (finished / "sound.json").unlink()
     (finished / "samples" / "samples.json").unlink()
     run(*FULL, cwd=place)
     again = json.loads(evaluation.read_text())
     assert again["test"]["bits_per_sample"] == figures["test"]["bits_per_sample"]
-    assert sample.read_bytes() == sound
+    assert sample.read_bytes() == sound and (finished / "sound.json").read_bytes() == heard
 
 
 @pytest.mark.slow
@@ -186,6 +193,9 @@ def test_describe(tmp_path):
         (("workflows.evaluate", "--workdir=nowhere"), ["nowhere is not a run's folder"]),
         (("workflows.generate", "--workdir=nowhere"), ["nowhere is not a run's folder"]),
         (("workflows.generate", "--workdir=nowhere", "--top_p=high"), ["top_p"]),
+        (("workflows.sound", "--workdir=nowhere"), ["nowhere is not a run's folder"]),
+        (("workflows.sound", "--choose", "--temperature=0.9"), ["--choose tries", "leave out --temperature"]),
+        (("workflows.sound", "--top_ps=0.9"), ["only --choose tries several settings", "leave out --top_ps"]),
         (("workflows.report", "--workdir=nowhere"), ["nowhere"]),
         (("workflows.describe", "--format=xml"), ["format"]),
     ],

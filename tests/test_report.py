@@ -49,6 +49,7 @@ def run(tmp_path: Path) -> Path:
 def without_samples(run: Path) -> Path:
     shutil.rmtree(run / "samples")
     (run / "nearest.json").unlink()
+    (run / "sound.json").unlink(missing_ok=True)
     return run
 
 
@@ -112,6 +113,14 @@ def test_the_page_says_what_the_files_say(finished: Path) -> None:
         "86 min",
         "python -m workflows.full_run --config=sc09",
         '"learning_rate": 0.002',
+        "of the way from recordings to noise",
+        "0 is as near to the test split as training recordings are",
+        "4,000 0.25 6,288 -12.5 81.2% 6.2% 2.25 2,000 (1,900 to 2,100) 0.00 6,288",
+        "24,000 2.75 6,288 81.2%",  # white noise, of no level
+        "step 300, 16 clips, each of 4 s, temperature 0.9, top_p 1.",
+        "A note of seven.",
+        "1 4,000 0.400 1 4,500 0.450",
+        "Nearest: temperature 0.8, top-p 1. Other pairs within chance of it: 1.",
         "12.5% of the generated excerpts are as close to a training recording as a copy would be;",
         "of the held-out recordings' excerpts 0.0% are.",
         "25.0% are closer than 95% of the held-out ones.",
@@ -132,8 +141,10 @@ def test_the_page_says_what_the_files_say(finished: Path) -> None:
     widths = [float(r["width"].rstrip("%")) for r in page.all("rect") if "class" not in r]
     assert widths == pytest.approx([51.54, 62.5, 92.5, 100])
     assert len([p for p in page.all("path") if p["class"] == "dot"]) == 3 + 4  # validations and contexts
-    assert len([p for p in page.all("path") if p["class"] == "base"]) == 3
-    assert [p["class"] for p in curves(page)] == ["raw", "smooth", "smooth"]
+    assert len([p for p in page.all("path") if p["class"] == "base"]) == 3 + 1  # baselines, drift of the recordings
+    assert [p["class"] for p in curves(page)] == ["raw", "smooth", "smooth", "smooth"]
+    heights = [y for _, y in points(curves(page)[-1])]
+    assert len(heights) == 4 and heights == sorted(heights)  # bits of the generated clips fall: lines go down
 
 
 def points(line: dict[str, str]) -> list[tuple[float, float]]:
@@ -197,7 +208,14 @@ def test_published_figures_stand_beside_the_same_data_set(run: Path, dataset: st
 
 def test_what_comes_from_a_file_is_text(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", name=HOSTILE, label=HOSTILE)
-    for file in ("evaluation.json", "summary.json", "samples/samples.json", "nearest.json", "perceptual.json"):
+    for file in (
+        "evaluation.json",
+        "summary.json",
+        "samples/samples.json",
+        "sound.json",
+        "nearest.json",
+        "perceptual.json",
+    ):
         # Every string that the page might show, and keys too.
         text = (run / file).read_text()
         for plain in ("best", "ema", "hub", "cpu", "level 0", "prepare", "python -m", "train"):
@@ -216,7 +234,7 @@ def test_what_comes_from_a_file_is_text(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_still_training(run: Path) -> None:
-    for file in ("evaluation.json", "summary.json", "perceptual.json"):
+    for file in ("evaluation.json", "summary.json", "sound.json", "perceptual.json"):
         (run / file).unlink()
     with open(run / "metrics.jsonl", "a") as metrics:
         metrics.write('{"kind": "train", "step": 310, "lo')  # being written
@@ -251,7 +269,7 @@ def test_a_needed_file_that_is_missing_is_named(run: Path, file: str) -> None:
     "file",
     [
         *("config.json", "metrics.jsonl", "evaluation.json", "summary.json", "samples/samples.json"),
-        *("perceptual.json", "nearest.json"),
+        *("sound.json", "perceptual.json", "nearest.json"),
     ],
 )
 @pytest.mark.parametrize(("text", "line"), [('{\n"a": }\n', 2), ("\n[1]\n", 1)])
@@ -332,8 +350,18 @@ def test_strange_findings_are_left_out(run: Path, wrong: dict[str, Any]) -> None
     found = {**json.loads((run / "nearest.json").read_text()), **wrong}
     write(run / "nearest.json", found)
     write(run / "perceptual.json", {"generated": {"fid": "low"}, "rejected": None, "train": [1]})
+    sound_of = json.loads((run / "sound.json").read_text())
+    strange = {"share": "far", "drift": [{"start": 0}, 3], "choice": {"rows": 1}, "notes": 5, "seed": None}
+    rows = {"generated": {"distance": 10**400, "frames": "many"}, "train": [1], "white_noise": None}
+    write(run / "sound.json", {**sound_of, **strange, "rows": rows})
     words = Page(build_report(run)).words
     assert "Perceptual figures" not in words and "Listening" in words
+    assert "How it sounds" in words and "of the way from recordings" not in words and "Drift" not in words
+    write(run / "sound.json", {"choice": sound_of["choice"]})  # of a run that has only been chosen for
+    words = Page(build_report(run)).words
+    assert "Nearest: temperature 0.8" in words and "A frame has" not in words
+    write(run / "sound.json", {**sound_of, "rows": 3, "choice": None})
+    assert "How it sounds" not in Page(build_report(run)).words
 
 
 def test_long_sounds_are_linked_to(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,7 @@
-"""The chain of a run's stages: prepare, train, evaluate, generate, report. full_run runs it once, ablate once a run."""
+"""The chain of a run's stages: prepare, train, evaluate, generate, sound, report.
+
+full_run runs it once, ablate once a run.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ from typing import Any
 import harmonic
 from harmonic import mesh, processes, stages
 from harmonic.config import Config
+from harmonic.data import Dataset
 from harmonic.describe import describe
+from harmonic.likeness.measure import known, measure_run
 from harmonic.records import MANIFEST_NAME, Manifest
 from harmonic.report import build_report
 from harmonic.run import SAMPLES, SUMMARY, Run
@@ -114,6 +119,14 @@ def _stages(
         samples = stages.sample_run(workdir, data)
     took("generate", started, skipped=whole)
 
+    stage("sound")
+    started = time.monotonic()
+    sound: Any = known(run, weights, Dataset(data), config)
+    whole = sound is not None
+    if not whole:
+        sound = measure_run(workdir, data, temperature=config.generate.temperature, top_p=config.generate.top_p)
+    took("sound", started, skipped=whole)
+
     stage("report")
     curve = [line for line in run.metrics() if line["kind"] == "train"]
     summary = {
@@ -143,6 +156,11 @@ def _stages(
         },
         "test": figures,
         "generate": {"samples_per_second": samples["samples_per_second"], "samples": len(samples["samples"])},
+        "sound": {
+            "distance": sound["rows"].get("generated", {}).get("distance"),
+            **{name: sound["rows"][name].get("distance") for name in ("train", "shaped_noise", "white_noise")},
+            **{name: sound[name] for name in ("share", "drift", "temperature", "top_p", "notes")},
+        },
         "platform": mesh.hardware(),
         "versions": _versions(),
         "stages": seconds,

@@ -1,4 +1,4 @@
-"""From an archive to sound: prepare, train, evaluate, generate, report.
+"""From an archive to sound: prepare, train, evaluate, generate, measure how that sounds, report.
 
     python -m workflows.full_run
     python -m workflows.full_run --config=sc09_small --source=sc09.zip

@@ -13,6 +13,7 @@ import scipy.special
 from harmonic.errors import UserError
 
 PAIRS = 10_000
+Gaussian = tuple[np.ndarray, np.ndarray]
 
 
 def fid(a: np.ndarray, b: np.ndarray, *, allow_rank_deficient: bool = False) -> float:
@@ -33,7 +34,12 @@ def fid(a: np.ndarray, b: np.ndarray, *, allow_rank_deficient: bool = False) -> 
     for x in (a, b):
         if len(x) < needed:
             raise UserError(too_few(len(x), needed))
-    (mean_a, root_a), (mean_b, root_b) = _gaussian(a), _gaussian(b)
+    return frechet((a.mean(0), np.cov(a, rowvar=False)), (b.mean(0), np.cov(b, rowvar=False)))
+
+
+def frechet(a: Gaussian, b: Gaussian) -> float:
+    """Fréchet distance of two normal distributions: (mean [features], covariance [features, features]) of each."""
+    (mean_a, root_a), (mean_b, root_b) = ((mean, _factor(covariance, len(mean))) for mean, covariance in (a, b))
     # tr((A B)^(1/2)) is the sum of the singular values of A^(1/2) B^(1/2). Unlike the eigenvalues of A B, they stay
     # precise when the covariances are nearly singular.
     cross = scipy.linalg.svdvals(root_a.T @ root_b).sum()
@@ -52,10 +58,10 @@ def too_few(count: int, needed: int) -> str:
     return f"{count:,} clips are fewer than the {needed:,} that a covariance needs; give more clips{way_out}"
 
 
-def _gaussian(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(mean, a factor F of the covariance: F Fᵀ)."""
-    values, vectors = scipy.linalg.eigh(np.cov(x, rowvar=False).reshape(x.shape[1], x.shape[1]))
-    return x.mean(0), vectors * np.sqrt(np.clip(values, 0, None))
+def _factor(covariance: np.ndarray, features: int) -> np.ndarray:
+    """F, where F Fᵀ is the covariance."""
+    values, vectors = scipy.linalg.eigh(covariance.reshape(features, features))
+    return vectors * np.sqrt(np.clip(values, 0, None))
 
 
 def inception_score(logits: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""What other commands found of a run, for its report: perceptual figures, and the nearest training excerpts."""
+"""What was found of a run's generated clips, for its report: how they sound, perceptual figures, nearest excerpts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from harmonic import published
+from harmonic.report.charts import Chart, ticks
 from harmonic.report.inputs import Json, number, objects, section
 from harmonic.report.page import Player, SoundBudget, player
 
@@ -35,7 +36,114 @@ _GROUPS = (  # key in nearest.json, heading
     ("held_out", "Held-out recordings"),
     ("copies", "Copies of training excerpts"),
 )
+_SOUNDS = (  # key in sound.json, heading
+    ("generated", "Generated"),
+    ("train", "Training recordings"),
+    ("held_out", "Held-out recordings"),
+    ("shaped_noise", "Noise with their mean spectrum"),
+    ("white_noise", "White noise"),
+)
+_SOUND_FIGURES = (  # key of a row in sound.json, heading, form
+    ("frames", "Frames", ",.0f"),
+    ("level_db", "Level, dB", ".1f"),
+    ("peaks", "Energy in peaks", ".1%"),
+    ("silence", "Silence", ".1%"),
+    ("onsets_per_second", "Onsets a second", ".2f"),
+)
 _QUANTILES = ("0", "0.05", "0.25", "0.5", "0.75")
+
+
+def sound(found: Json) -> Json | None:
+    """The figures of sound.json: distances, what else is heard, the drift, and the choice of temperature and top-p."""
+    every = section(found, "rows")
+    floor, ceiling = (number(every, name, "distance") for name in ("train", "shaped_noise"))
+    rows: list[list[str]] = []
+    ours: int | None = None
+    for key, title in _SOUNDS:
+        row = section(every, key)
+        if not row:
+            continue
+        distance, least, greatest = (number(row, name) for name in ("distance", "least", "greatest"))
+        shown = "" if distance is None else f"{distance:,.0f}"
+        if least is not None and greatest is not None:
+            shown += f" ({least:,.0f} to {greatest:,.0f})"
+        share = ""
+        if distance is not None and floor is not None and ceiling is not None and ceiling > floor:
+            share = f"{(distance - floor) / (ceiling - floor):.2f}"
+        values = [(number(row, name), form) for name, _, form in _SOUND_FIGURES]
+        ours = len(rows) if key == "generated" else ours
+        rows.append([title, shown, share, *("" if value is None else format(value, form) for value, form in values)])
+    choice = _choice(section(found, "choice"))
+    if not rows and choice is None:
+        return None
+    phrases = (
+        ("step", "step {:,.0f}"),
+        ("clips", "{:,.0f} clips"),
+        ("clip_seconds", "each of {:g} s"),
+        ("temperature", "temperature {:g}"),
+        ("top_p", "top_p {:g}"),
+        ("seed", "seed {:g}"),
+    )
+    notes = found.get("notes")
+    return {
+        "share": number(found, "share"),
+        "split": str(found.get("split", "test")),
+        "head": ["Clips", "Distance, dB²", "Share of the way", *(title for _, title, _ in _SOUND_FIGURES)],
+        "rows": rows,
+        "ours": ours,
+        "facts": [form.format(value) for key, form in phrases if (value := number(found, key)) is not None],
+        "notes": [str(note) for note in notes] if isinstance(notes, list) else [],
+        "drift": _drift(objects(found.get("drift"))),
+        "choice": choice,
+    }
+
+
+def _drift(found: list[Json]) -> Chart | None:
+    """Bits per sample by the second of the clip, of generated clips and of held-out recordings."""
+    lines: list[list[tuple[float, float]]] = []
+    right = 0.0
+    for name in ("generated", "held_out"):
+        line = []
+        for row in found:
+            start, stop, bits = (number(row, key) for key in ("start", "stop", name))
+            if start is not None and stop is not None and bits is not None:
+                line.append(((start + stop) / 2, bits))
+                right = max(right, stop)
+        lines.append(line)
+    if len(lines[0]) < 2:
+        return None
+    values = [bits for line in lines for _, bits in line]
+    margin = 0.15 * (max(values) - min(values)) + 0.02
+    low, high = min(values) - margin, max(values) + margin
+    chart = Chart((0.0, right), (low, high))
+    chart.axes([float(f"{tick:.6g}") for tick in ticks(0.0, right, 8)], ticks(low, high, 4))
+    for line, kind in zip(lines, ("smooth", "base"), strict=True):
+        chart.line([at for at, _ in line], [bits for _, bits in line], kind)
+    return chart
+
+
+def _choice(found: Json) -> Json | None:
+    names = ("temperature", "top_p", "distance", "share", "bits_per_sample")
+    best = [number(found, "recommended", name) for name in names[:2]]
+    rows: list[list[str]] = []
+    ours: int | None = None
+    for row in objects(found.get("rows")):
+        values = [number(row, name) for name in names]
+        ours = len(rows) if None not in best and values[:2] == best else ours
+        forms = ("g", "g", ",.0f", ".3f", ".3f")
+        rows.append(["" if value is None else format(value, form) for value, form in zip(values, forms, strict=True)])
+    if not rows:
+        return None
+    step = number(found, "step")
+    return {
+        "head": ["Temperature", "Top-p", "Distance, dB²", "Share of the way", "Bits per sample"],
+        "rows": rows,
+        "ours": ours,
+        "split": str(found.get("split", "validation")),
+        "best": best if ours is not None else None,
+        "alike": number(found, "recommended", "alike"),
+        "step": step,
+    }
 
 
 def perceptual(found: Json, dataset: str) -> Json | None:

@@ -32,8 +32,8 @@ GROUPS = {  # kind in samples.json: heading, explanation
 def build_report(workdir: str | os.PathLike[str]) -> Path:
     """Writes `workdir`/report.html, whole or not at all.
 
-    Needs config.json and metrics.jsonl; evaluation.json, samples/samples.json, perceptual.json, nearest.json and
-    summary.json are shown as far as they exist, so that a run can be looked at while it trains.
+    Needs config.json and metrics.jsonl; evaluation.json, samples/samples.json, sound.json, perceptual.json,
+    nearest.json and summary.json are shown as far as they exist, so that a run can be looked at while it trains.
 
     Returns:
       The path of the report.
@@ -48,6 +48,7 @@ def build_report(workdir: str | os.PathLike[str]) -> Path:
     evaluation = read_json(folder / "evaluation.json")
     summary = read_json(folder / "summary.json")
     samples = read_json(folder / "samples" / "samples.json")
+    sound = read_json(folder / "sound.json")
     perceptual, nearest = read_json(folder / "perceptual.json"), read_json(folder / "nearest.json")
     manifest = read_json(folder / "manifest.json")
     budget = SoundBudget()
@@ -67,6 +68,7 @@ def build_report(workdir: str | os.PathLike[str]) -> Path:
         learning=_learning(config, metrics, result),
         context=_context(result),
         listening=_listening(folder / "samples", samples, budget),
+        sound=findings.sound(sound),
         nearest=findings.nearest(folder / "nearest", nearest, samples, budget),
         perceptual=findings.perceptual(perceptual, dataset),
         published=_published(dataset, result, summary),

@@ -114,6 +114,7 @@ class StudyFolder:
             "generated_per_second": speed.get("generated_per_second", {}).get(name),
             "platform": summary["platform"],
             "perceptual": perceptual if perceptual and perceptual.get("step") == summary["test"]["step"] else None,
+            "sound": summary.get("sound"),
             "clip": clips[0] if clips else None,
         }
 

@@ -14,6 +14,8 @@ _EQUAL = 0.005  # bits; smaller published differences are called none
 METRICS = {  # of a row: keys in a run's result, key in its published values (in another unit for speeds)
     "bits": (("bits_per_sample",), "bits_per_sample"),
     "parameters": (("parameters",), "parameters"),
+    "sound_share": (("sound", "share"), None),
+    "sound_distance": (("sound", "distance"), None),
     "fid": (("perceptual", "generated", "fid"), "fid"),
     "is": (("perceptual", "generated", "is"), "inception_score"),
     "rejected_fid": (("perceptual", "rejected", "fid"), None),
@@ -181,6 +183,11 @@ def notes(study: Json) -> list[str]:
             "Training speed: the 0.9 quantile of the logged speeds. Generation speed: the best of 5 rounds, which the "
             f"runs take in turns, with 8 streams side by side. Both on {machines}. Published speeds are of a TPU v4-8, "
             f"batch 32{ratios}."
+        )
+    if any(number(result, "sound", "distance") is not None for result in results):
+        sentences.append(
+            "How it sounds: the Fréchet distance of log-mel frames of generated clips to recordings of the test split, "
+            "and where it is between training recordings (0) and noise with their mean spectrum (1)."
         )
     if not any(result.get("perceptual") for result in results):
         sentences.append("No FID or inception score was measured: give --classifier.")

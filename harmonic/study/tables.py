@@ -66,6 +66,11 @@ def tables(study: Json) -> list[Table]:
             ("Published, to the baseline", [f"{gap:+.3f}" if gap is not None else _NONE for _, gap in gaps]),
             ("Direction", [row.verdict or _NONE for row in table]),
         ),
+        "sound_distance": columns(
+            "How it sounds",
+            ("Share of the way to noise, measured", found("sound_share", 2)),
+            ("Distance in dB², measured", found("sound_distance", 0)),
+        ),
         "fid": columns(
             "Samples, by a classifier of spoken digits",
             ("FID, measured", found("fid", 2)),
