@@ -55,6 +55,13 @@ def _force_function(model: Model) -> Callable[..., State]:
     return jax.jit(lambda params, inputs, state: sampler.force(sampler.prepare(params), inputs, state))
 
 
+def prefill_piece(model: Model) -> int:
+    """Samples that `prefill` runs at a time. A prompt of a multiple of them needs one program, of any other length two
+    more.
+    """
+    return max(_PREFILL // model.multiple, 1) * model.multiple
+
+
 def prefill(
     model: Model,
     params: Any,
@@ -66,9 +73,8 @@ def prefill(
 
     `state` must be after a whole number of multiples. `conditions` are what conditions the model, each [batch, ...].
     """
-    conditions, multiple = conditions or {}, model.multiple
+    conditions, multiple, piece = conditions or {}, model.multiple, prefill_piece(model)
     whole = tokens.shape[1] // multiple * multiple
-    piece = max(_PREFILL // multiple, 1) * multiple
     for start in range(0, whole, piece):
         inputs = {"tokens": tokens[:, start : min(start + piece, whole)], **conditions}
         state = _prefill_function(model)(params, inputs, state)
@@ -83,7 +89,9 @@ def _chunk_function(model: Model, size: int, platform: str) -> Callable[..., Any
     sampler = model.sampler()
 
     @functools.partial(jax.jit, compiler_options=_CPU_OPTIONS if platform == "cpu" else None)
-    def run(weights, conditions, state: State, keys: jax.Array, first: jax.Array, steps: jax.Array, settings: jax.Array):
+    def run(
+        weights, conditions, state: State, keys: jax.Array, first: jax.Array, steps: jax.Array, settings: jax.Array
+    ):
         """`steps` <= `size` samples from position `first`; `settings` are temperature and top_p."""
         positions = first + jnp.arange(size)
         draw = jax.vmap(lambda p, k: jax.random.uniform(jax.random.fold_in(k, p), (model.channels,)), (None, 0))
