@@ -173,8 +173,10 @@ class Streams:
             settings=np.array([temperature, top_p], np.float32),
         )
         helper = self._sampler.helper(self._weights) if self._idle else contextlib.nullcontext()
-        with ThreadPoolExecutor(len(self._keys)) as pool, helper:
-            made = jax.block_until_ready(list(pool.map(on, self._given, self._states, self._keys)))
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(helper)
+            side_by_side = map if len(self._keys) == 1 else stack.enter_context(ThreadPoolExecutor(len(self._keys))).map
+            made = jax.block_until_ready(list(side_by_side(on, self._given, self._states, self._keys)))
         self._states, tokens, nats = ([part[i] for part in made] for i in range(3))
         self.position += steps
         return Chunk(np.concatenate(tokens, axis=1)[:steps].swapaxes(0, 1), np.concatenate(nats))

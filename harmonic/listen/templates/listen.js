@@ -8,14 +8,15 @@ const HISTORY = 60 * rate;  // samples that can be saved
 const SHOWN = 8;            // seconds on the screen
 const LATER = 0.2;          // seconds from what is heard to where new settings act
 // Seconds that are made ahead, and that must be there before it plays: little where the model is fast enough.
-const FAST = { ahead: 3, need: 0.4 }, SLOW = { ahead: 9, need: 4 };
+const FAST = { ahead: 4, need: 0.4 }, SLOW = { ahead: 9, need: 4 };
 
 let socket = null, id = null, stream = 0, lead = 0;
 let context = null, node = null, analyser = null;
 let wanted = false, flowing = false, heardAny = false, promptReady = false;
-let position = 0, asked = 0, ahead = 0, speed = 0, starved = 0, total = 0;
+let position = 0, asked = 0, ahead = 0, starved = 0, total = 0;
+let cost = 0;  // seconds that a second of sound takes to make, over the last ones
 const history = new Float32Array(HISTORY);
-const waves = { low: new Float32Array(2048), high: new Float32Array(2048), given: new Uint8Array(2048), at: 0, left: 0 };
+const waves = { low: new Float32Array(2048), high: new Float32Array(2048), given: new Uint8Array(2048), at: 0 };
 
 // What is said.
 
@@ -32,7 +33,7 @@ function state() {
 }
 
 function show() {
-  const now = state(), slow = speed > 0 && speed < 1;
+  const now = state(), slow = cost > 1, speed = cost && 1 / cost;
   const pace = slow ? `This model makes ${speed.toFixed(2)} seconds of sound a second, slower than it plays: ` : "";
   const text = {
     idle: heardAny ? "Press play for another stream." : "Press play.",
@@ -111,8 +112,8 @@ function take(data) {
   const whole = new Int16Array(data, 12), samples = new Float32Array(whole.length);
   for (let i = 0; i < whole.length; i++) samples[i] = whole[i] / 32768;
   if (seconds) {
-    const now = whole.length / rate / seconds;
-    speed = speed ? 0.85 * speed + 0.15 * now : now;
+    const now = seconds * rate / whole.length;
+    cost = cost ? 0.93 * cost + 0.07 * now : now;
   }
   ahead = (place + samples.length - position) / rate;
   node.port.postMessage({ position: place, samples, need: pace().need * rate }, [samples.buffer]);
@@ -120,8 +121,9 @@ function take(data) {
   show();
 }
 
+// After each interruption it waits for more.
 function pace() {
-  return speed && speed < 1 ? SLOW : FAST;
+  return cost > 1 ? SLOW : { ...FAST, need: Math.min(FAST.need * 2 ** starved, FAST.ahead - 1) };
 }
 
 function ask() {
@@ -143,7 +145,7 @@ function settle() {
 }
 
 function sendSettings() {
-  const start = speed && speed < 1 ? 2 ** 31 - 1 : Math.round(position + LATER * rate);
+  const start = cost > 1 ? 2 ** 31 - 1 : Math.round(position + LATER * rate);
   send({ type: "settings", stream, start, temperature: Number(find("temperature").value),
     top_p: Number(find("top_p").value) });
   asked = Math.min(asked, start);
@@ -331,11 +333,13 @@ find("save").onclick = () => {
 const COLUMNS = 640, PER_COLUMN = SHOWN * rate / COLUMNS, MELS = 128;
 const palette = new Uint8ClampedArray(stage.dataset.palette.match(/../g).map(byte => parseInt(byte, 16)));
 
+let left = 0;  // samples of the newest column that are to come
+
 function wave(samples, given) {
   for (const sample of samples) {
-    if (waves.left <= 0) {
+    if (left <= 0) {
       waves.at++;
-      waves.left += PER_COLUMN;
+      left += PER_COLUMN;
       const i = waves.at % 2048;
       waves.low[i] = waves.high[i] = sample;
       waves.given[i] = given;
@@ -343,7 +347,7 @@ function wave(samples, given) {
     const i = waves.at % 2048;
     waves.low[i] = Math.min(waves.low[i], sample);
     waves.high[i] = Math.max(waves.high[i], sample);
-    waves.left--;
+    left--;
   }
 }
 
@@ -361,12 +365,12 @@ function drawWave() {
   pen.clearRect(0, 0, width, height);
   pen.fillStyle = colours[2];
   pen.fillRect(0, height / 2, width, 1);
-  const column = width / COLUMNS;
+  const edge = i => Math.round(width * (1 - i / COLUMNS));
   for (let i = 0; i < Math.min(COLUMNS, waves.at); i++) {
     const j = (waves.at - i) % 2048;
     const top = (1 - waves.high[j]) / 2 * height, bottom = (1 - waves.low[j]) / 2 * height;
     pen.fillStyle = colours[waves.given[j]];
-    pen.fillRect(width - (i + 1) * column, top, column + 0.3, Math.max(1, bottom - top));
+    pen.fillRect(edge(i + 1), top, edge(i) - edge(i + 1), Math.max(1, bottom - top));
   }
 }
 
@@ -375,11 +379,12 @@ const inks = scroll.getContext("2d");
 inks.fillStyle = "#000003";
 inks.fillRect(0, 0, COLUMNS, MELS);
 const mel = hertz => 2595 * Math.log10(1 + hertz / 700), hertz = mels => 700 * (10 ** (mels / 2595) - 1);
-let drawn = 0;
+let drawn = 0;  // the context's time of the newest column
 
 function drawSpectrogram() {
-  const columns = Math.min(COLUMNS, waves.at - drawn);
-  if (analyser && columns > 0) {
+  const columns = Math.min(COLUMNS, Math.floor((context?.currentTime - drawn) * COLUMNS / SHOWN)) || 0;
+  if (columns) drawn = flowing ? drawn + columns * SHOWN / COLUMNS : context.currentTime;
+  if (flowing && columns) {
     const levels = new Uint8Array(analyser.frequencyBinCount);
     analyser.getByteFrequencyData(levels);
     const low = mel(40), step = (mel(rate / 2) - low) / MELS, bin = rate / 2 / levels.length;
@@ -397,16 +402,15 @@ function drawSpectrogram() {
     inks.drawImage(scroll, -columns, 0);
     inks.putImageData(strip, COLUMNS - columns, 0);
   }
-  drawn = waves.at;
   const canvas = find("spectrogram"), pen = fit(canvas);
   pen.drawImage(scroll, 0, 0, canvas.width, canvas.height);
 }
 
-let shownAt = -1, shownSize = "";
+let shownSize = "";
 function draw() {
   const size = `${find("waveform").clientWidth} ${getComputedStyle(document.body).color}`;
-  if (shownAt !== waves.at || size !== shownSize) {
-    [shownAt, shownSize] = [waves.at, size];
+  if (context?.state === "running" || size !== shownSize) {
+    shownSize = size;
     drawWave();
     drawSpectrogram();
   }
