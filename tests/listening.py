@@ -71,7 +71,7 @@ class Command:
     def __init__(self, *flags: object):
         command = [sys.executable, "-m", "workflows.listen", f"--port={20_000 + os.getpid() % 10_000}"]
         self.process = subprocess.Popen(
-            [*command, *map(str, flags)],
+            [*command, *map(str, flags)],  # the last of two ports counts
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

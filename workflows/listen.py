@@ -7,10 +7,16 @@ python -m workflows.listen --model=USER/NAME        # or an export's folder
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from absl import flags
 
 import harmonic
 from harmonic.errors import UserError
+from harmonic.listen.server import Server, warm_up
+from harmonic.pretrained import in_the_box
+from harmonic.run import Run
+from harmonic.voice import Codec, Voice
 from workflows import cli
 
 _BOXED = "piano"
@@ -29,14 +35,16 @@ def main() -> None:
         raise UserError("a model is heard with its own config: give --workdir or --model alone")
     if cli.FLAGS.workdir and _MODEL.value:
         raise UserError("--workdir and --model are two models: give one of them")
-    from harmonic.listen.server import Server, warm_up
-    from harmonic.pretrained import in_the_box
-
-    name = cli.FLAGS.workdir or _MODEL.value
-    if not name and _BOXED not in in_the_box():
+    name = cli.FLAGS.workdir or _MODEL.value or _BOXED
+    if cli.FLAGS.workdir:
+        run = Run(cli.FLAGS.workdir)
+        trained = run.weights()
+        voice = Voice(trained.model, trained.params, Codec.of(run.manifest))
+    elif not _MODEL.value and _BOXED not in in_the_box():
         raise UserError(f"there is no model {_BOXED} in the box; give --workdir=RUN or --model=EXPORT_OR_HUB_ID")
-    voice = harmonic.load(name or _BOXED).voice
-    shown = (name or _BOXED).rstrip("/").rpartition("/")[2]
+    else:
+        voice = harmonic.load(name).voice
+    shown = Path(name).resolve().name
     with Server(voice, name=shown, host=_HOST.value, port=_PORT.value, listeners=_LISTENERS.value) as server:
         if server.port != _PORT.value:
             print(f"port {_PORT.value} is in use; this is {server.port}")
