@@ -26,6 +26,7 @@ from tiny import config
 from websockets.sync.client import ClientConnection, connect
 
 from harmonic import pretrained
+from harmonic.audio import pcm16
 from harmonic.listen.server import Server
 from harmonic.models import make
 
@@ -49,6 +50,11 @@ def make_export(folder: Path, sample_rate: int) -> Path:
     (folder / pretrained.WEIGHTS).write_bytes(content)
     (folder / pretrained.CONFIG).write_text(json.dumps(about))
     return folder
+
+
+def samples(sound: np.ndarray) -> np.ndarray:
+    """Floats as the page gets them."""
+    return np.frombuffer(pcm16(sound), "<i2")
 
 
 @contextlib.contextmanager

@@ -18,12 +18,11 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 import soundfile
-from listening import Command, Listener, make_export, serving
+from listening import Command, Listener, make_export, samples, serving
 from mains import refused
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 import harmonic
-from harmonic.audio import pcm16
 from harmonic.errors import UserError
 from harmonic.listen import prompt as prompts
 from harmonic.listen import server as servers
@@ -44,11 +43,6 @@ def server(model: Pretrained) -> Iterator[Server]:
     """For two listeners."""
     with serving(model, listeners=2) as server:
         yield server
-
-
-def samples(sound: np.ndarray) -> np.ndarray:
-    """Floats as the page gets them."""
-    return np.frombuffer(pcm16(sound), "<i2")
 
 
 def ask(server: Server, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, str]:
@@ -234,8 +228,8 @@ def test_paths_reach_no_file(server: Server) -> None:
     for path in (
         "/server.py", "/templates/listen.css", "/listen.css", "/..", "/../server.py", "/%2e%2e/server.py",
         "//etc/passwd", "/..%2f..%2f..%2f..%2fetc%2fpasswd", str(here / "server.py"), "/listen.js/../server.py",
-        "/prompt/../server.py", "/model.safetensors", "/config.json", "/%00", "/listen.js%00", "/stream", "/favicon.ico",
-        "/prompt/x",
+        "/prompt/../server.py", "/model.safetensors", "/config.json", "/%00", "/listen.js%00", "/stream",
+        "/favicon.ico", "/prompt/x",
     ):  # fmt: skip
         status, text = ask(server, "GET", path)
         assert status == 404 and text == "There is nothing here.\n", path
