@@ -76,9 +76,11 @@ class Command:
 
     def __init__(self, *flags: object):
         command = [sys.executable, "-m", "workflows.listen", f"--port={20_000 + os.getpid() % 10_000}"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        del environment["XLA_FLAGS"]  # as users compile it: the other programs of tests are ten times as slow
         self.process = subprocess.Popen(
             [*command, *map(str, flags)],  # the last of two ports counts
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

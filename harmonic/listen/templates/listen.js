@@ -4,9 +4,9 @@ const find = id => document.getElementById(id);
 const stage = document.querySelector(".stage");
 const rate = Number(stage.dataset.rate);
 const here = new URL(".", location.href);
-const HISTORY = 60 * rate;  // samples that can be saved
+const PAST = 60 * rate;  // samples that can be saved
 const SHOWN = 8;            // seconds on the screen
-const LATER = 0.2;          // seconds from what is heard to where new settings act
+const LATER = 0.15;         // seconds from what is heard to where new settings act
 // Seconds that are made ahead, and that must be there before it plays: little where the model is fast enough.
 const FAST = { ahead: 4, need: 0.4 }, SLOW = { ahead: 9, need: 4 };
 
@@ -15,7 +15,7 @@ let context = null, node = null, analyser = null;
 let wanted = false, flowing = false, heardAny = false, promptReady = false;
 let position = 0, asked = 0, ahead = 0, starved = 0, total = 0;
 let cost = 0;  // seconds that a second of sound takes to make, over the last ones
-const history = new Float32Array(HISTORY);
+const past = new Float32Array(PAST);
 const waves = { low: new Float32Array(2048), high: new Float32Array(2048), given: new Uint8Array(2048), at: 0 };
 
 // What is said.
@@ -27,8 +27,9 @@ function problem(text) {
 
 function state() {
   if (!socket) return wanted ? "connecting" : "idle";
-  if (socket.readyState !== WebSocket.OPEN || !stream) return "connecting";
+  if (socket.readyState !== WebSocket.OPEN) return "connecting";
   if (!wanted) return "paused";
+  if (!stream) return "beginning";
   return flowing ? "playing" : "buffering";
 }
 
@@ -38,6 +39,7 @@ function show() {
   const text = {
     idle: heardAny ? "Press play for another stream." : "Press play.",
     connecting: "Connecting…",
+    beginning: promptReady ? "Reading the prompt…" : "Beginning…",
     paused: "Paused.",
     playing: slow ? `${pace}it will stop to buffer.` : "Playing.",
     buffering: slow ? `${pace}buffering, ${ahead.toFixed(1)} of ${SLOW.need} s.` : "Buffering…",
@@ -136,12 +138,13 @@ function ask() {
 
 // Settings act on what is heard a moment later: what was made ahead from there on is made again. Where the model is too
 // slow for that, they act on what it makes next.
-let settling = null;
+let settled = 0, settling = null;  // when they were sent, in ms; and the timer of those that are not sent yet
 function settle() {
   settling ??= setTimeout(() => {
     settling = null;
+    settled = performance.now();
     sendSettings();
-  }, 80);
+  }, Math.max(0, settled + 80 - performance.now()));
 }
 
 function sendSettings() {
@@ -156,6 +159,9 @@ function begin() {
   find("seed").value = seed;
   sendSettings();
   send({ type: "begin", seed, prompt: promptReady });
+  stream = 0;  // until the server says its number: what comes of the old one is not played
+  flowing = false;
+  node?.port.postMessage({ stream });
 }
 
 // Sound.
@@ -180,10 +186,10 @@ async function listen() {
 }
 
 function heard(data) {
-  for (const sample of data.samples) history[total++ % HISTORY] = sample;
+  for (const sample of data.samples) past[total++ % PAST] = sample;
   wave(data.samples, data.stream === stream && data.position <= lead);
-  if (data.stream !== stream) return;
-  heardAny = true;
+  heardAny ||= data.samples.length > 0;
+  if (!stream || data.stream !== stream) return;
   position = data.position;
   ahead = data.ahead / rate;
   if (flowing && !data.flowing && wanted) starved++;
@@ -196,7 +202,6 @@ function heard(data) {
 async function play(fresh) {
   problem("");
   wanted = true;
-  if (fresh) flowing = false;
   show();
   try {
     await listen();
@@ -319,8 +324,8 @@ function wav(samples) {
 }
 
 find("save").onclick = () => {
-  const length = Math.min(total, HISTORY), samples = new Float32Array(length);
-  for (let i = 0; i < length; i++) samples[i] = history[(total - length + i) % HISTORY];
+  const length = Math.min(total, PAST), samples = new Float32Array(length);
+  for (let i = 0; i < length; i++) samples[i] = past[(total - length + i) % PAST];
   const link = document.createElement("a");
   link.href = URL.createObjectURL(wav(samples));
   link.download = `${stage.dataset.name.replace(/[^\w.-]+/g, "_")}_last_minute.wav`;
