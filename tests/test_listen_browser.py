@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 from browser import Browser
-from listening import Command, make_export, samples
-
-import harmonic
+from listening import Command, Listener, make_export
 
 RATE = 4_000
 STATE = (
@@ -63,9 +61,7 @@ def heard(browser: Browser) -> np.ndarray:
     return np.round(np.array(floats) * 32_768).astype(np.int16)
 
 
-def test_it_plays_what_the_model_makes_and_saves_it(
-    chromium: Browser, command: Command, export: Path, tmp_path: Path
-) -> None:
+def test_it_plays_what_the_model_makes_and_saves_it(chromium: Browser, command: Command, tmp_path: Path) -> None:
     opened(chromium, command)
     assert wait(chromium, lambda s: True)["status"] == "Press play."
     press(chromium, "play")
@@ -77,8 +73,9 @@ def test_it_plays_what_the_model_makes_and_saves_it(
     time.sleep(0.3)
     assert wait(chromium, lambda s: True)["total"] == total  # it does not play on
     sound = heard(chromium)
-    expected = samples(harmonic.load(export).generate(len(sound) / RATE, seed=0)[0])
-    np.testing.assert_array_equal(sound, expected[: len(sound)])
+    with Listener(command.url) as listener:
+        stream, _ = listener.begin(seed=0)
+        np.testing.assert_array_equal(sound, listener.hear(stream, len(sound))[: len(sound)])
     colours = "new Set(find(%r).getContext('2d').getImageData(find(%r).width - 200, 0, 200, 80).data).size"
     assert chromium.evaluate(colours % ("spectrogram", "spectrogram")) > 20
     assert chromium.evaluate(colours % ("waveform", "waveform")) > 2
@@ -100,15 +97,28 @@ def test_it_plays_what_the_model_makes_and_saves_it(
 
 
 def test_controls_change_the_sound_at_once(chromium: Browser, command: Command) -> None:
-    """A cold stream repeats itself; the samples from half a second behind the change on are the ones that it makes."""
+    """What was made ahead is made again: the stream is one whose settings changed between two pieces."""
     opened(chromium, command)
     press(chromium, "play")
     wait(chromium, lambda s: s["ahead"] > 2)
-    before = chromium.evaluate("find('top_p').value = 0.05; find('top_p').oninput(); total")
-    wait(chromium, lambda s: s["total"] > before + 2 * RATE)
+    change = (
+        "find('top_p').value = 0.05; const start = Math.round(position + LATER * rate); sendSettings(); [total, start]"
+    )
+    before, start = chromium.evaluate(change)
+    wait(chromium, lambda s: s["total"] > before + 4 * RATE)
     sound = heard(chromium)
-    levels = [len(np.unique(part)) for part in (sound[:before], sound[before + RATE // 2 : before + 3 * RATE // 2])]
-    assert levels[0] > 2 * levels[1], levels
+    with Listener(command.url) as listener:
+        stream, _ = listener.begin(seed=0)
+        plain = listener.hear(stream, len(sound))[: len(sound)]
+        kept = -(-start // (RATE // 10)) * (RATE // 10)  # settings change between pieces
+        stream, _ = listener.begin(seed=0)
+        again = listener.hear(stream, kept)
+        listener.send("settings", stream=stream, start=kept, temperature=1, top_p=0.05)
+        again = listener.hear(stream, len(sound), again)[: len(sound)]
+    changed = int(np.argmax(sound != plain))  # the first sample that differs
+    np.testing.assert_array_equal(sound, np.concatenate([plain[:changed], again[changed:]]))
+    assert kept <= changed < before + 2 * RATE  # long before what was made ahead, above 2 s, is played
+    print(f"settings act {(changed - before) / RATE:.2f} s later")
     turn(chromium, "top_p", 1)
     stream, start = wait(chromium, lambda s: True)["stream"], wait(chromium, lambda s: True)["total"]
     turn(chromium, "seed", 7)

@@ -411,18 +411,20 @@ function drawSpectrogram() {
   pen.drawImage(scroll, 0, 0, canvas.width, canvas.height);
 }
 
-let shownSize = "";
-function draw() {
+let shownSize = "", shownAt = 0;
+function draw(now) {
+  requestAnimationFrame(draw);
+  if (now - shownAt < 35) return;  // pieces on their way to the audio thread come before pictures
+  shownAt = now;
   const size = `${find("waveform").clientWidth} ${getComputedStyle(document.body).color}`;
   if (context?.state === "running" || size !== shownSize) {
     shownSize = size;
     drawWave();
     drawSpectrogram();
   }
-  requestAnimationFrame(draw);
 }
 
 find("oldest").textContent = `${SHOWN} s ago`;
 find("frequencies").textContent = `40 Hz to ${(rate / 2000).toFixed(rate % 2000 ? 1 : 0)} kHz`;
 show();
-draw();
+draw(performance.now());
