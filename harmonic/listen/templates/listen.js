@@ -8,7 +8,7 @@ const PAST = 60 * rate;  // samples that can be saved
 const SHOWN = 8;            // seconds on the screen
 const LATER = 0.15;         // seconds from what is heard to where new settings act
 // Seconds that are made ahead, and that must be there before it plays: little where the model is fast enough.
-const FAST = { ahead: 4, need: 0.4 }, SLOW = { ahead: 9, need: 4 };
+const FAST = { ahead: 4, need: 0.6 }, SLOW = { ahead: 9, need: 4 };
 
 let socket = null, id = null, stream = 0, lead = 0;
 let context = null, node = null, analyser = null;
