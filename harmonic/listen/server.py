@@ -405,8 +405,9 @@ class Listening:
             del self._listeners[number]
             if sender is not None:
                 sender.cancel()
-                # A listener that has gone is no fault.
-                await asyncio.gather(sender, return_exceptions=True)
+                (ended,) = await asyncio.gather(sender, return_exceptions=True)
+                if isinstance(ended, Exception):  # a fault of the program
+                    traceback.print_exception(ended)
             listener.session.close()
             self._ending = {session for session in self._ending if not session.join(0)} | {listener.session}
         with contextlib.suppress(WebSocketDisconnect, RuntimeError):
