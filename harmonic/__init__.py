@@ -22,8 +22,8 @@ def load(path_or_hub_id: str | os.PathLike[str], revision: str | None = None) ->
         audio = model.generate(seconds=4)  # float32 [streams, samples] at model.sample_rate
 
     Args:
-      path_or_hub_id: an export's folder, a run's folder (its best averaged weights), or USER/NAME of a model on the
-        Hugging Face hub.
+      path_or_hub_id: an export's folder, a run's folder (its best averaged weights), the name of a model in the box
+        (a folder of that name comes first), or USER/NAME of a model on the Hugging Face hub.
       revision: branch, tag or commit on the hub.
 
     Raises:

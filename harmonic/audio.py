@@ -8,6 +8,7 @@ another precision, up to 6 % of the tokens of a very quiet recording differ.
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import os
 from collections.abc import Iterator
@@ -130,6 +131,13 @@ def read_audio(file: str | os.PathLike[str] | BinaryIO, *, name: str | None = No
     if not np.isfinite(samples).all():
         raise UserError(f"{name} holds samples that are not finite (NaN or infinity); give another recording")
     return samples.mean(axis=1, dtype=np.float32), sample_rate
+
+
+def pcm16(waveform: np.ndarray) -> bytes:
+    """Float samples [time] in [-1, 1] as 16-bit little-endian PCM: the bytes that a WAV file of them has."""
+    pcm = io.BytesIO()
+    soundfile.write(pcm, waveform, SAMPLE_RATE, format="RAW", subtype="PCM_16", endian="LITTLE")
+    return pcm.getvalue()
 
 
 def write_wav(path: str | os.PathLike[str], waveform: np.ndarray, sample_rate: int = SAMPLE_RATE) -> None:

@@ -16,7 +16,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,13 @@ def _force_function(model: Model) -> Callable[..., State]:
     return jax.jit(lambda params, inputs, state: sampler.force(sampler.prepare(params), inputs, state))
 
 
+def prefill_piece(model: Model) -> int:
+    """Samples that `prefill` runs at a time. A prompt of a multiple of them needs one program, of any other length two
+    more.
+    """
+    return max(_PREFILL // model.multiple, 1) * model.multiple
+
+
 def prefill(
     model: Model,
     params: Any,
@@ -68,9 +75,8 @@ def prefill(
 
     `state` must be after a whole number of multiples. `conditions` are what conditions the model, each [batch, ...].
     """
-    conditions, multiple = conditions or {}, model.multiple
+    conditions, multiple, piece = conditions or {}, model.multiple, prefill_piece(model)
     whole = tokens.shape[1] // multiple * multiple
-    piece = max(_PREFILL // multiple, 1) * multiple
     for start in range(0, whole, piece):
         inputs = {"tokens": tokens[:, start : min(start + piece, whole)], **conditions}
         state = _prefill_function(model)(params, inputs, state)
@@ -81,18 +87,126 @@ def prefill(
 
 
 @functools.lru_cache(maxsize=8)
-def _chunk_function(model: Model, size: int, temperature: float, top_p: float, platform: str) -> Callable[..., Any]:
+def _chunk_function(model: Model, size: int, platform: str) -> Callable[..., Any]:
     sampler = model.sampler()
 
     @functools.partial(jax.jit, compiler_options=_CPU_OPTIONS if platform == "cpu" else None)
-    def run(weights, conditions, state: State, keys: jax.Array, first: jax.Array, steps: jax.Array):
-        """`steps` <= `size` samples from position `first`."""
+    def run(
+        weights, conditions, state: State, keys: jax.Array, first: jax.Array, steps: jax.Array, settings: jax.Array
+    ):
+        """`steps` <= `size` samples from position `first`; `settings` are temperature and top_p."""
         positions = first + jnp.arange(size)
         draw = jax.vmap(lambda p, k: jax.random.uniform(jax.random.fold_in(k, p), (model.channels,)), (None, 0))
         uniform = jax.vmap(draw, (0, None))(positions, keys)
+        temperature, top_p = settings
         return sampler.draw(weights, conditions, state, uniform, steps, temperature=temperature, top_p=top_p)
 
     return run
+
+
+class Mark(NamedTuple):
+    """A place in streams that `Streams.rewind` returns to: samples since the prompt, and the states there."""
+
+    position: int
+    states: list[State]
+
+
+class Streams:
+    """Streams that are generated side by side, a piece at a time. Each piece may have other settings.
+
+        streams = Streams(model, params, batch=1, chunk=1_600, seed=1)
+        chunk = streams.draw(1_600, temperature=0.9)
+
+    Args:
+      model, params: what is sampled.
+      batch: streams.
+      chunk: the most samples of a piece. Each size is compiled, once.
+      seed, first_stream, prompt, conditions: as for `generate`.
+      help: whether a core that has no stream helps another; not where other threads generate as well.
+
+    Attributes:
+      position: samples that each stream has, its prompt not counted.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        params: Any,
+        *,
+        batch: int,
+        chunk: int,
+        seed: int = 0,
+        first_stream: int = 0,
+        prompt: np.ndarray | None = None,
+        conditions: Mapping[str, np.ndarray] | None = None,
+        help: bool = True,
+    ):
+        _check(
+            batch=(batch, batch >= 1, "at least 1"),
+            chunk=(chunk, chunk >= 1, "at least 1"),
+            seed=(seed, 0 <= seed < _MAX_SEED, f"at least 0 and below {_MAX_SEED:,}"),
+        )
+        cores = _cores() if platform() == "cpu" else 1
+        parts = np.array_split(np.arange(batch), min(batch, cores))
+        self.position = 0
+        self._states = [model.init_state(len(rows)) for rows in parts]
+        self._given = [{name: value[rows] for name, value in (conditions or {}).items()} for rows in parts]
+        if prompt is not None and prompt.shape[-2]:
+            prompt = np.broadcast_to(prompt, (batch, *prompt.shape[-2:]))
+            self._states = [
+                prefill(model, params, prompt[rows], *part)
+                for rows, *part in zip(parts, self._states, self._given, strict=True)
+            ]
+        key = jax.random.key(seed)
+        self._keys = [jax.vmap(functools.partial(jax.random.fold_in, key))(first_stream + rows) for rows in parts]
+        self._weights = _prepare_function(model)(params)
+        self._run = _chunk_function(model, chunk, platform())
+        # A core without streams of its own helps another.
+        self._sampler, self._idle = model.sampler(), help and len(parts) < cores
+
+    def draw(self, steps: int, *, temperature: float = 1.0, top_p: float = 1.0) -> Chunk:
+        """The next `steps` samples of every stream, at most `chunk`.
+
+        Raises:
+          UserError: a temperature or top_p that cannot be.
+        """
+        _check(**_settings(temperature, top_p))
+        on = functools.partial(
+            self._run,
+            self._weights,
+            first=np.int32(self.position),
+            steps=np.int32(steps),
+            settings=np.array([temperature, top_p], np.float32),
+        )
+        helper = self._sampler.helper(self._weights) if self._idle else contextlib.nullcontext()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(helper)
+            side_by_side = map if len(self._keys) == 1 else stack.enter_context(ThreadPoolExecutor(len(self._keys))).map
+            made = jax.block_until_ready(list(side_by_side(on, self._given, self._states, self._keys)))
+        self._states, tokens, nats = ([part[i] for part in made] for i in range(3))
+        self.position += steps
+        return Chunk(np.concatenate(tokens, axis=1)[:steps].swapaxes(0, 1), np.concatenate(nats))
+
+    def mark(self) -> Mark:
+        """This place in the streams. It holds their states, so keep few where a model's states are large."""
+        return Mark(self.position, self._states)
+
+    def rewind(self, mark: Mark) -> None:
+        """Goes back: the same settings draw the same samples again, others draw others."""
+        self.position, self._states = mark
+
+
+def _settings(temperature: float, top_p: float) -> dict[str, tuple[float, bool, str]]:
+    return {
+        "temperature": (temperature, 0 < temperature < float("inf"), "above 0"),
+        "top_p": (top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+    }
+
+
+def _check(**values: tuple[float, bool, str]) -> None:
+    for name, (value, ok, allowed) in values.items():
+        if not ok:
+            raise UserError(f"{name}={value} is impossible: it must be {allowed}")
 
 
 def generate(
@@ -101,65 +215,34 @@ def generate(
     *,
     batch: int,
     length: int,
-    seed: int = 0,
-    first_stream: int = 0,
     temperature: float = 1.0,
     top_p: float = 1.0,
-    prompt: np.ndarray | None = None,
-    conditions: Mapping[str, np.ndarray] | None = None,
     chunk: int = 4_000,
+    **streams: Any,
 ) -> Iterator[Chunk]:
     """Generates `batch` streams side by side, handed out in chunks while they are made.
 
     Args:
       model, params: what is sampled.
+      batch: streams.
       length: samples to generate, after the prompt.
-      seed: of the whole call; stream i of any batch is the same.
-      first_stream: the number of the first of these streams, so that many can be made batch by batch.
       temperature: logits are divided by it.
       top_p: sample from the smallest set of tokens that holds this probability.
-      prompt: tokens [time, channels] that all streams continue, or [batch, time, channels].
-      conditions: what conditions the model, such as "label" int32, each [batch, ...].
       chunk: samples a chunk.
+      streams: any of
+        seed: of the whole call; stream i of any batch is the same.
+        first_stream: the number of the first of these streams, so that many can be made batch by batch.
+        prompt: tokens [time, channels] that all streams continue, or [batch, time, channels].
+        conditions: what conditions the model, such as "label" int32, each [batch, ...].
 
     Raises:
       UserError: a batch, length, seed, temperature or top_p that cannot be.
     """
-    for name, value, ok in (
-        ("batch", batch, batch >= 1),
-        ("length", length, 1 <= length <= LONGEST),
-        ("seed", seed, 0 <= seed < _MAX_SEED),
-        ("temperature", temperature, 0 < temperature < float("inf")),
-        ("top_p", top_p, 0 < top_p <= 1),
-    ):
-        if not ok:
-            allowed = {
-                "length": f"at least 1 and at most {LONGEST:,}",
-                "seed": f"at least 0 and below {_MAX_SEED:,}",
-                "temperature": "above 0",
-                "top_p": "above 0 and at most 1",
-            }.get(name, "at least 1")
-            raise UserError(f"{name}={value} is impossible: it must be {allowed}")
-    cores = _cores() if platform() == "cpu" else 1
-    parts = np.array_split(np.arange(batch), min(batch, cores))
-    states = [model.init_state(len(rows)) for rows in parts]
-    given = [{name: value[rows] for name, value in (conditions or {}).items()} for rows in parts]
-    if prompt is not None and prompt.shape[-2]:
-        prompt = np.broadcast_to(prompt, (batch, *prompt.shape[-2:]))
-        states = [prefill(model, params, prompt[rows], *part) for rows, *part in zip(parts, states, given, strict=True)]
-    key = jax.random.key(seed)
-    keys = [jax.vmap(functools.partial(jax.random.fold_in, key))(first_stream + rows) for rows in parts]
-    weights = _prepare_function(model)(params)
-    sampler, idle = model.sampler(), len(parts) < cores  # a core without streams of its own helps another
-    run = _chunk_function(model, min(chunk, length), float(temperature), float(top_p), platform())
-    for first in range(0, length, chunk):
-        steps = min(chunk, length - first)
-        on = functools.partial(run, weights, first=np.int32(first), steps=np.int32(steps))
-        helper = sampler.helper(weights) if idle else contextlib.nullcontext()
-        with ThreadPoolExecutor(len(parts)) as pool, helper:
-            made = jax.block_until_ready(list(pool.map(on, given, states, keys)))
-        states, tokens, nats = ([part[i] for part in made] for i in range(3))
-        yield Chunk(np.concatenate(tokens, axis=1)[:steps].swapaxes(0, 1), np.concatenate(nats))
+    allowed = f"at least 1 and at most {LONGEST:,}"
+    _check(length=(length, 1 <= length <= LONGEST, allowed), **_settings(temperature, top_p))
+    made = Streams(model, params, batch=batch, chunk=min(chunk, length), **streams)
+    while made.position < length:
+        yield made.draw(min(chunk, length - made.position), temperature=temperature, top_p=top_p)
 
 
 @functools.lru_cache(maxsize=8)

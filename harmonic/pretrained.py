@@ -1,4 +1,4 @@
-"""Trained models, ready to generate: from an export, from the hub or from a run's folder.
+"""Trained models, ready to generate: those in the box, and from an export, the hub or a run's folder.
 
     model = harmonic.load("USER/NAME")
     audio = model.generate(seconds=4, num_samples=2)     # float32 [2, samples] at model.sample_rate
@@ -34,6 +34,7 @@ from harmonic.voice import LONGEST, Codec, Voice
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+BOX = Path(__file__).parent / "weights"  # the models in the box: exports that are installed with the package, by name
 _PICKLES = (".bin", ".ckpt", ".h5", ".msgpack", ".pickle", ".pkl", ".pt", ".pth")
 
 
@@ -128,6 +129,11 @@ class Pretrained:
         return (piece.sound for piece in pieces)
 
 
+def in_the_box() -> list[str]:
+    """The names of the models that are installed with the package."""
+    return sorted(path.parent.name for path in BOX.glob(f"*/{CONFIG}"))
+
+
 def load(path_or_hub_id: str | os.PathLike[str], revision: str | None = None) -> Pretrained:
     """See `harmonic.load`."""
     folder, name = Path(path_or_hub_id).expanduser(), str(path_or_hub_id)
@@ -135,8 +141,13 @@ def load(path_or_hub_id: str | os.PathLike[str], revision: str | None = None) ->
         if revision is not None:
             raise UserError(f"{name} is a folder here, which has no revisions; leave out revision={revision!r}")
         return _load_folder(folder)
+    if name in in_the_box() and not folder.exists():
+        if revision is not None:
+            raise UserError(f"{name} is a model in the box, which has no revisions; leave out revision={revision!r}")
+        return read_export(BOX / name, again="install harmonic-rnn again")
     if not isinstance(path_or_hub_id, str) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or folder.exists():
-        raise UserError(f"{name} is neither a folder nor a model of the hub (USER/NAME)")
+        boxed = ", ".join(in_the_box()) or "none"
+        raise UserError(f"{name} is neither a folder nor a model of the hub (USER/NAME) nor one in the box ({boxed})")
     fetched = hub.fetch(name, (CONFIG, WEIGHTS), revision)
     return read_export(fetched, again=f"remove {hub.cache_folder(name)} and load it again")
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import math
 import os
 from collections.abc import Iterator
@@ -291,9 +290,7 @@ class Voice:
         nats = 0.0
         with _progress("sample", length - given) as progress:
             for piece in self.pieces(length, prompt=prompt, chunk=max(rate // 10, 1), progress=progress, **settings):
-                pcm = io.BytesIO()
-                soundfile.write(pcm, piece.sound[0], rate, format="RAW", subtype="PCM_16", endian="LITTLE")
-                out.write(pcm.getvalue())
+                out.write(audio.pcm16(piece.sound[0]))
                 out.flush()
                 nats += float(piece.nats[0])
         return nats / math.log(2) / (length - given)

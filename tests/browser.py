@@ -38,7 +38,8 @@ LOOK = """(async () => {
 })()"""
 _FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --no-first-run --disable-background-networking --mute-audio "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-pipe --hide-scrollbars"
+    "--disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-pipe --hide-scrollbars "
+    "--use-fake-device-for-media-stream --use-fake-ui-for-media-stream"  # a microphone that beeps
 ).split()
 
 
@@ -55,6 +56,7 @@ class Browser:
         self._buffer, self._number, self._session = b"", 0, None
         self.problems: list[str] = []
         self._loaded = False
+        self._home = "file:"  # what a page may ask for
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
@@ -91,19 +93,19 @@ class Browser:
             self.problems.append(str(event["args"]))
         elif method == "Log.entryAdded" and event["entry"]["level"] in ("error", "warning"):
             self.problems.append(str(event["entry"]))
-        elif method == "Network.requestWillBeSent" and event["request"]["url"].split(":")[0] not in ("data", "file"):
+        elif method == "Network.requestWillBeSent" and not event["request"]["url"].startswith(("data:", self._home)):
             self.problems.append(f"asks for {event['request']['url']}")
         return message
 
-    def open(self, path: Path, *, width: int = 1_200, height: int = 900, dark: bool = False) -> None:
-        """Opens a page, as a phone if it is narrow, and waits until it has loaded."""
+    def open(self, page: Path | str, *, width: int = 1_200, height: int = 900, dark: bool = False) -> None:
+        """Opens a file, or an address of this machine, as a phone if it is narrow, and waits until it has loaded."""
         phone = width < 600
         size = {"width": width, "height": height, "deviceScaleFactor": 2 if phone else 1, "mobile": phone}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
-        self._loaded = False
-        self.call("Page.navigate", url=path.resolve().as_uri())
+        self._loaded, self._home = False, page if isinstance(page, str) else "file:"
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
         while not self._loaded:
             self._next()
 
@@ -135,7 +137,12 @@ def browser(folder: Path) -> Iterator[Browser]:
         os.dup2(read, 3)
         os.dup2(write, 4)
 
-    command = [found, *_FLAGS, "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={folder / 'profile'}"]
+    command = [
+        found,
+        *_FLAGS,
+        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+        f"--user-data-dir={folder / 'profile'}",
+    ]
     with (folder / "browser.log").open("wb") as log:
         process = subprocess.Popen(
             command, preexec_fn=give, close_fds=False, stdout=log, stderr=log, start_new_session=True

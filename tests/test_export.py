@@ -296,6 +296,24 @@ def test_generate_and_stream(exported, tmp_path):
         assert said in refused(model.generate, **settings)
 
 
+def test_a_model_in_the_box(exported, tmp_path, monkeypatch):
+    """It is loaded by its name, unless a folder has that name; an unknown name is told which there are."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretrained, "BOX", tmp_path / "box")
+    assert "nor one in the box (none)" in refused(harmonic.load, "piano")
+    shutil.copytree(exported, tmp_path / "box" / "piano")
+    (tmp_path / "box" / "half").mkdir()  # no config.json
+    assert pretrained.in_the_box() == ["piano"]
+    same(harmonic.load("piano").params, harmonic.load(exported).params)
+    assert "nor one in the box (piano)" in refused(harmonic.load, "violin")
+    assert "nor one in the box (piano)" in refused(harmonic.load, "../box/piano/config.json")
+    assert "which has no revisions" in refused(harmonic.load, "piano", revision="main")
+    (tmp_path / "box" / "piano" / "model.safetensors").write_bytes(b"")
+    assert "install harmonic-rnn again" in refused(harmonic.load, "piano")
+    (tmp_path / "piano").mkdir()
+    assert "neither an export" in refused(harmonic.load, "piano")
+
+
 def test_what_stands_in_the_folder(run, exported, tmp_path):
     """Exports are replaced, other things are not, and nothing that is not an export's is ever removed."""
     folder = Path(shutil.copytree(exported, tmp_path / "out"))

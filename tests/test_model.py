@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from harmonic.generate import generate, prefill
+from harmonic.errors import UserError
+from harmonic.generate import Streams, generate, prefill
 from harmonic.models import make, plain
 from harmonic.models.dropout import Dropout, dropout
 from harmonic.models.harmonic_rnn.config import ModelConfig
@@ -250,3 +251,27 @@ def test_generation_continues_a_prompt_and_knows_its_likelihood():
 def test_state_is_small():
     model = make(ModelConfig())
     assert model.state_bytes() < 60_000  # 36 complex vectors of 128, and the edges of four pools
+
+
+def test_pieces_may_change_their_settings_and_be_drawn_again():
+    """A piece depends on what came before it and on its own settings; a mark brings back the place, bit for bit."""
+    model, params = with_parameters(CONFIGS["uneven"])
+    made = Streams(model, params, batch=2, chunk=20, seed=5)
+    first = made.draw(20)
+    mark = made.mark()
+    whole = np.concatenate([first.tokens, made.draw(20).tokens], axis=1)
+    (plain,) = generate(model, params, batch=2, length=40, seed=5)
+    np.testing.assert_array_equal(whole, plain.tokens)
+
+    made.rewind(mark)
+    cold = made.draw(20, temperature=0.05).tokens
+    assert made.position == 40 and (cold != whole[:, 20:]).any()
+    made.rewind(mark)
+    narrow = made.draw(20, top_p=1e-6).tokens  # the likeliest token alone, as at a temperature near zero
+    made.rewind(mark)
+    np.testing.assert_array_equal(narrow, made.draw(20, temperature=1e-4).tokens)
+    made.rewind(mark)
+    np.testing.assert_array_equal(made.draw(7).tokens, whole[:, 20:27])
+    np.testing.assert_array_equal(made.draw(13).tokens, whole[:, 27:])
+    with pytest.raises(UserError, match="top_p=0 is impossible"):
+        made.draw(20, top_p=0)

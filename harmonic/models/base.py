@@ -180,9 +180,17 @@ class Model(Protocol):
         return categorical.log_prob(outputs, tokens)
 
     def sample(
-        self, outputs: jax.Array, uniform: jax.Array, *, temperature: float = 1.0, top_p: float = 1.0
+        self,
+        outputs: jax.Array,
+        uniform: jax.Array,
+        *,
+        temperature: float | jax.Array = 1.0,
+        top_p: float | jax.Array = 1.0,
     ) -> jax.Array:
-        """Tokens [batch, channels] int32 from outputs [batch, 1, ...] and uniform numbers [batch, channels]."""
+        """Tokens [batch, channels] int32 from outputs [batch, 1, ...] and uniform numbers [batch, channels].
+
+        temperature and top_p may be traced: they change while a stream is made.
+        """
         return categorical.sample(outputs, uniform, temperature=temperature, top_p=top_p)
 
     def param_groups(self, params: Params) -> tuple[Any, dict[str, ParamGroup]]:
@@ -249,8 +257,8 @@ class Sampler:
         uniform: jax.Array,
         steps: jax.Array,
         *,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
+        temperature: float | jax.Array = 1.0,
+        top_p: float | jax.Array = 1.0,
     ) -> tuple[State, jax.Array, jax.Array]:
         """Draws `steps` samples, each from the ones before it.
 

@@ -29,7 +29,12 @@ def logits(outputs: jax.Array, num_levels: int) -> jax.Array:
 
 
 def sample(
-    outputs: jax.Array, uniform: jax.Array, num_levels: int, *, temperature: float = 1.0, top_p: float = 1.0
+    outputs: jax.Array,
+    uniform: jax.Array,
+    num_levels: int,
+    *,
+    temperature: float | jax.Array = 1.0,
+    top_p: float | jax.Array = 1.0,
 ) -> jax.Array:
     """As `categorical.sample`, from outputs [batch, 1, channels, 3 * components]."""
     return categorical.sample(logits(outputs, num_levels), uniform, temperature=temperature, top_p=top_p)

@@ -27,23 +27,28 @@ MOST_SOUND = 16 << 20  # bytes of sound in a page (a third more as base64): 15 m
 _SHORT = 2.0  # seconds; shorter sounds stay WAV, since Chromium cannot play FLAC of a single frame (4,096 samples)
 
 
-def render(template: str, **values: Any) -> bytes:
-    """A page, from a template in this package's `templates`. Text in `values` is escaped; a missing one is an error."""
-    loader = jinja2.PackageLoader(__package__)
-    environment = jinja2.Environment(
-        loader=loader,
+def environment(*packages: str) -> jinja2.Environment:
+    """Templates in the `templates` of this package, and of others. Text is escaped; a missing value is an error."""
+    return jinja2.Environment(
+        loader=jinja2.ChoiceLoader([jinja2.PackageLoader(package) for package in (*packages, __package__)]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"form": format, "count": count, "duration": duration, "quote": quote}
+
+
+def render(template: str, **values: Any) -> bytes:
+    """A page, from a template in this package's `templates`."""
+    pages = environment()
+    pages.filters |= {"form": format, "count": count, "duration": duration, "quote": quote}
     # The policy names the script by its hash, so the script is inserted unchanged.
-    script = loader.get_source(environment, "page.js")[0]
+    assert pages.loader is not None
+    script = pages.loader.get_source(pages, "page.js")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    environment.globals |= {"script": Markup(script), "script_sha256": digest, "waveform_columns": WAVEFORM_COLUMNS}
-    page = environment.get_template(template).render(values)
+    pages.globals |= {"script": Markup(script), "script_sha256": digest, "waveform_columns": WAVEFORM_COLUMNS}
+    page = pages.get_template(template).render(values)
     # JSON strings may hold lone surrogates, which UTF-8 cannot encode.
     return page.encode("utf-8", "replace")
 

@@ -247,7 +247,12 @@ class HarmonicRNN(base.Model):
         return logistic.log_prob(outputs, tokens, self.num_levels)
 
     def sample(
-        self, outputs: jax.Array, uniform: jax.Array, *, temperature: float = 1.0, top_p: float = 1.0
+        self,
+        outputs: jax.Array,
+        uniform: jax.Array,
+        *,
+        temperature: float | jax.Array = 1.0,
+        top_p: float | jax.Array = 1.0,
     ) -> jax.Array:
         """As `base.Model.sample`, by the config's head."""
         if self.config.head == "categorical":
