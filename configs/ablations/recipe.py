@@ -41,7 +41,7 @@ def get_study(size: str) -> Study:
                 "schedule": "linear",
             },
         )
-        deep = (2, 4, 4, 5, 5)
+        deep: tuple[int, ...] = (2, 4, 4, 5, 5)
     else:
         published, small = base("small"), sc09_small.get_config()
         steps = _SAMPLES // (small.train.global_batch_size * small.data.window_length)
@@ -70,7 +70,7 @@ def get_study(size: str) -> Study:
     }
     window = {"window_length": published.data.window_length}
     ranges = {name: getattr(model, name) for name in ("min_radius", "max_radius", "max_angle")}
-    runs = {
+    runs: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
         "found": ("The recipe", {}),
         "adamw": ("AdamW alone", {"train": {"optimizer": "adamw"}}),
         "windows": ("Long windows, fewer steps", {"train": long_windows, "data": window}),
