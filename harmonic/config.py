@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import difflib
 import importlib
-import importlib.util
 import json
 import math
 import sys
@@ -20,10 +19,9 @@ import types
 import typing
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, TypeVar, cast
 
-from harmonic import models
+from harmonic import files, models
 from harmonic.errors import UserError, check
 
 T = TypeVar("T")
@@ -41,7 +39,6 @@ __all__ = [
     "from_dict",
     "load_config",
     "override",
-    "run_file",
 ]
 
 
@@ -454,7 +451,7 @@ def load_config(name: str) -> Config:
         except (OSError, ValueError, KeyError, RecursionError) as error:
             raise UserError(f"cannot read the config {shown}: {' '.join(str(error).split())[:300]}") from error
     if path.suffix == ".py":
-        module = run_file(path, f"the config {shown}", "give a name such as demo, or a path to a .py or .json")
+        module = files.run_file(path, f"the config {shown}", "give a name such as demo, or a path to a .py or .json")
     else:
         dotted = name.replace("/", ".")
         try:
@@ -472,28 +469,6 @@ def load_config(name: str) -> Config:
     if not isinstance(config, Config):
         raise UserError(f"get_config() of {shown} returned {type(config).__name__}, not a harmonic.config.Config")
     return config
-
-
-def run_file(path: Path, what: str, instead: str) -> ModuleType:
-    """The module that a user's Python file makes.
-
-    Args:
-      what, instead: for the error: what the file is, and what to give if it is not there.
-
-    Raises:
-      UserError: it is not there, or cannot be run.
-    """
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise UserError(f"{what} does not exist; {instead}")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except UserError:
-        raise
-    except Exception as error:  # whatever the file does wrong
-        raise UserError(f"{what} cannot be run: {type(error).__name__}: {' '.join(str(error).split())}") from error
-    return module
 
 
 def config_names() -> list[str]:

@@ -1,15 +1,20 @@
-"""Files that are whole or absent, JSON, errors that name the file, and checksums of a folder. Standard library only."""
+"""Files that are whole or absent, JSON, users' Python files, errors that name the file, checksums of a folder.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from harmonic.errors import UserError, one_line
@@ -144,3 +149,25 @@ def changes(folder: Path, listing: str) -> list[str] | None:
         return None
     except OSError as error:
         raise UserError(f"cannot read {error.filename or folder}: {error.strerror or error}; mend that") from error
+
+
+def run_file(path: Path, what: str, instead: str) -> ModuleType:
+    """The module that a user's Python file makes.
+
+    Args:
+      what, instead: for the error: what the file is, and what to give if it is not there.
+
+    Raises:
+      UserError: it is not there, or cannot be run.
+    """
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise UserError(f"{what} does not exist; {instead}")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the file does wrong
+        raise UserError(f"{what} cannot be run: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    return module

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from configs import sc09, sc09_small
-from harmonic.config import Config, TrainConfig, run_file
+from harmonic.config import Config, TrainConfig
 from harmonic.errors import UserError
+from harmonic.files import run_file
 from harmonic.models.harmonic_rnn.config import ModelConfig
 from harmonic.published import PAPER, find
 from harmonic.study.plan import Published, Run, Study
