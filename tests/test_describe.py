@@ -50,7 +50,7 @@ def compiled_step(config):
     ids=["batch", "segments on a mesh", "no pooling, in parts", "wide states"],
 )
 def test_memory_is_as_foretold(assignments):
-    config = override(load_config("sc09_small"), ["data.window_length=16000", *assignments])
+    config = override(load_config("sc09_small"), ["data.window_length=16000", "train.stages=()", *assignments])
     actual = hlo.memory(compiled_step(config))
     assert memory(config)["total"] == pytest.approx(actual.temporaries + actual.arguments, rel=0.25)
 

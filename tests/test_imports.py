@@ -19,6 +19,7 @@ ALLOWED = {
         "configs",
         "harmonic.config",
         "harmonic.errors",
+        "harmonic.files",
         "harmonic.published",
         "harmonic.study.plan",
         "harmonic.models",

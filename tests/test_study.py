@@ -56,7 +56,7 @@ def test_runs_of_the_recipe_see_as_many_samples(size):
         starts = [0, *(stage.start for stage in config.train.stages), config.train.steps]
         stages = [config.at(start) for start in starts[:-1]]
         each = [stage.train.global_batch_size * stage.data.window_length for stage in stages]
-        return sum(n * (stop - start) for n, start, stop in zip(each, starts, starts[1:], strict=True))
+        return sum(n * (stop - start) for n, start, stop in zip(each, starts[:-1], starts[1:], strict=True))
 
     runs = {run.name: run.config for run in load_study("recipe", size).runs}
     for config in runs.values():
