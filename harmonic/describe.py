@@ -50,10 +50,7 @@ def describe(
     segments, length = config.segments
     return {
         "config": config.name,
-        "parameters": {
-            "total": sum(found.by_part.values()),
-            "by_part": found.by_part,
-        },
+        "parameters": parameters(config),
         "blocks": found.blocks,
         "pooling_product": model.multiple,
         "state_bytes": model.state_bytes(),
@@ -70,6 +67,12 @@ def describe(
         "fits": fits(config, device_bytes),
         "communication": communication(config),
     }
+
+
+def parameters(config: Config) -> dict[str, Any]:
+    """{"total", "by_part"} of the config's model."""
+    by_part = costs(config).by_part
+    return {"total": sum(by_part.values()), "by_part": by_part}
 
 
 def weight_bytes(config: Config) -> dict[str, int]:

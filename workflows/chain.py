@@ -16,7 +16,7 @@ import harmonic
 from harmonic import mesh, processes, stages
 from harmonic.config import Config
 from harmonic.data import Dataset
-from harmonic.describe import describe
+from harmonic.describe import parameters
 from harmonic.likeness.measure import known, measure_run
 from harmonic.records import MANIFEST_NAME, Manifest
 from harmonic.report import build_report
@@ -132,7 +132,7 @@ def _stages(
     summary = {
         "name": config.name,
         "command": command,
-        "parameters": describe(config)["parameters"],
+        "parameters": parameters(config),
         "data": {
             "dataset": manifest.dataset,
             "source": manifest.source,

@@ -230,7 +230,7 @@ class HarmonicRNN(base.Model):
     def _outputs(self, head: jax.Array, before: jax.Array) -> jax.Array:
         """What the head gives, [..., outputs], after tokens [...], as `log_prob` takes it: [..., 1, outputs].
 
-        A mixture's components lie around the sample before: a model that has learned nothing yet expects no change.
+        A mixture's components are around the sample before: a model that has learned nothing yet expects no change.
         """
         if self.config.head == "categorical":
             return head[..., None, :]
