@@ -31,7 +31,7 @@ from harmonic.spectrogram import frame_sizes
 from harmonic.voice import LONGEST, Codec, Voice
 
 VERSION = 1  # of the figures' definition
-CLIP_SECONDS, SECONDS, MOST_CLIPS = 4.0, 64.0, 128  # of a clip, of all clips, and how many, unless others are asked for
+CLIP_SECONDS, SECONDS, MOST_CLIPS = 4.0, 32.0, 128  # of a clip, of all clips, and how many, unless others are asked for
 NEEDED = samples_needed(FEATURES)  # frames, for a covariance of full rank
 FEW = 10 * FEATURES  # frames; with fewer, distances come out much too large
 _HELD_OUT = 4  # times the generated audio, where the split has so much
