@@ -13,7 +13,7 @@ from pipelines.sources.layouts import DATA_SETS
 
 CONFIG_NAME = "config.py"
 _AT_ONCE = 16_000  # samples of a recording that evaluation holds at once
-_TO_SEE = 28_000_000  # samples of a training run: some ten minutes on two CPU cores
+_TO_SEE = 16_000_000  # samples of a training run: some ten minutes on two CPU cores
 _WINDOW, _LATER, _BATCH = 256, 1_024, 8  # short windows for three quarters of the steps, then longer and fewer ones
 _TO_VALIDATE = 2_000_000  # samples
 _TEMPLATE = '''"""A reduced {model} on {recordings:,} recordings of one's own ({hours:.2f} hours to train on).

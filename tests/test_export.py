@@ -296,6 +296,14 @@ def test_generate_and_stream(exported, tmp_path):
         assert said in refused(model.generate, **settings)
 
 
+def test_the_piano_in_the_box_makes_sound():
+    """The weights that are installed with the package are whole, small, and not silent."""
+    assert "piano" in pretrained.in_the_box()
+    assert (pretrained.BOX / "piano" / "model.safetensors").stat().st_size < 3_000_000
+    sound = harmonic.load("piano").generate(seconds=0.1, num_samples=2)
+    assert sound.shape == (2, 1_600) and np.ptp(sound, axis=1).min() > 0.01
+
+
 def test_a_model_in_the_box(exported, tmp_path, monkeypatch):
     """It is loaded by its name, unless a folder has that name; an unknown name is told which there are."""
     monkeypatch.chdir(tmp_path)

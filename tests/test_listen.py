@@ -391,7 +391,6 @@ def test_the_command(server: Server, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ((), "there is no model piano in the box; give --workdir"),
         (("--workdir=runs/none",), "runs/none is not a run's folder"),
         pytest.param(("--model=nowhere",), "neither a folder nor a model of the hub", marks=pytest.mark.slow),
         pytest.param(("--model=a", "--workdir=b"), "give one of them", marks=pytest.mark.slow),

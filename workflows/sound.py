@@ -26,7 +26,7 @@ _CHOOSE = flags.DEFINE_bool(
 _TEMPERATURES = flags.DEFINE_list("temperatures", [f"{t:g}" for t in TEMPERATURES], "with --choose: what to try")
 _TOP_PS = flags.DEFINE_list("top_ps", [f"{p:g}" for p in TOP_PS], "with --choose: what to try")
 _SPLIT = flags.DEFINE_enum("split", "test", ["validation", "test"], "the held-out recordings to compare with")
-_NUM = flags.DEFINE_integer("num_clips", None, "clips to generate; as many as give 64 s by default", lower_bound=1)
+_NUM = flags.DEFINE_integer("num_clips", None, "clips to generate; as many as give 32 s by default", lower_bound=1)
 _SECONDS = flags.DEFINE_float(
     "seconds", None, "length of each clip; 4 by default, or that of the recordings where they are shorter"
 )

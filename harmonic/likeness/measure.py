@@ -60,7 +60,7 @@ class Plan:
 def make_plan(
     config: Config, split: Split, *, clips: int | None = None, seconds: float | None = None, seed: int | None = None
 ) -> Plan:
-    """The plan for a run, with its defaults: 64 seconds in clips of 4, or of the split's usual length if that is less.
+    """The plan for a run, with its defaults: 32 seconds in clips of 4, or of the split's usual length if that is less.
 
     Raises:
       UserError: seconds that are impossible.
