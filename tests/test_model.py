@@ -207,7 +207,7 @@ def test_initial_ranges_of_each_level():
 
 
 def test_sampling_follows_the_distribution():
-    model = make(CONFIGS["one pool"], num_levels=4)
+    model = make(CONFIGS["no pooling"], num_levels=4)
     probabilities = np.array([0.5, 0.3, 0.15, 0.05])
     logits = jnp.log(jnp.broadcast_to(jnp.asarray(probabilities), (10_000, 1, 1, 4)))
     uniform = jax.random.uniform(jax.random.key(0), (10_000, 1))
