@@ -34,7 +34,7 @@ def get_config() -> Config:
     return Config(
         name="{name}",
         model=ModelConfig(
-            {sizes}
+            {sizes},
         ),
         data=DataConfig(
             dataset="{name}",
@@ -83,7 +83,7 @@ def config_text(manifest: Manifest) -> str:
     few = validation.samples > _TO_VALIDATE
     return _TEMPLATE.format(
         model=model.config.about.name,
-        sizes=model.source(),
+        sizes=model.source(",\n            "),
         name=manifest.dataset,
         recordings=train.recordings,
         hours=train.samples / manifest.sample_rate / 3600,

@@ -310,21 +310,16 @@ def test_a_config_is_written_that_trains_at_once(run, tmp_path, monkeypatch):
         *("mine", "mine", "linear"),
         1024,
     )
-    assert (config.data.window_length, config.data.hop_length) == (1_500, 500)
+    assert (config.data.window_length, config.data.hop_length) == (256, 0)  # short ones, whatever the data set's are
     batch = next(train_batches(Dataset("data/mine"), config))
-    assert batch["tokens"].shape == (config.train.global_batch_size, 1_504, 1) and batch["tokens"].max() > 255
-    # Windows no longer than the recordings are, and long ones in segments.
-    assert run(*argv, "--overwrite")[0] == 0
-    assert load_config("data/mine/config.py").data.window_length == 4_000
-    write_folder(tmp_path / "f", {"long.wav": wav(50_000)})
-    longer = {f"l/{i}.wav": wav(50_000, seed=i) for i in range(3)}
-    assert run("--dataset", "long", "--source", write_folder(tmp_path / "l", longer), "--output_dir", "other")[0] == 0
-    config = load_config("other/long/config.py")
-    assert (config.data.window_length, config.train.segment_length, config.train.global_batch_size) == (
-        50_000,
-        16_000,
-        1,
-    )
+    assert batch["tokens"].shape == (config.train.global_batch_size, 256, 1) and batch["tokens"].max() > 255
+    # Longer at the end, but no longer than the recordings are.
+    (stage,) = config.train.stages
+    assert (stage.window_length, stage.global_batch_size) == (1_024, 2) and stage.start < config.train.steps
+    short = {f"s/{i}.wav": wav(500, seed=i) for i in range(3)}
+    assert run("--dataset", "short", "--source", write_folder(tmp_path / "s", short), "--output_dir", "other")[0] == 0
+    (stage,) = load_config("other/short/config.py").train.stages
+    assert 256 < stage.window_length <= 500
 
 
 @pytest.mark.slow
@@ -349,11 +344,11 @@ def test_the_config_is_made_again_unless_somebody_changed_it(run, refused, tmp_p
     path.unlink()
     assert run(*argv)[1] == out and path.read_bytes() == first
     assert run(*argv, "--overwrite")[1] == out and path.read_bytes() == first
-    assert run(*argv, "--overwrite", "--window_length", 500)[0] == 0
-    assert b"window_length=500," in path.read_bytes()
+    assert run(*argv, "--overwrite", "--num_levels", 500)[0] == 0
+    assert b"num_levels=500," in path.read_bytes()
     path.write_bytes(path.read_bytes() + b"# mine\n")
-    assert run(*argv, "--overwrite", "--window_length", 900)[0] == 0
-    assert path.read_bytes().endswith(b"# mine\n") and b"window_length=500," in path.read_bytes()
+    assert run(*argv, "--overwrite", "--num_levels", 900)[0] == 0
+    assert path.read_bytes().endswith(b"# mine\n") and b"num_levels=500," in path.read_bytes()
     # Of a published one there is none; configs/ has it.
     assert run(
         "--dataset", "beethoven", "--source", write_zip(tmp_path / "b.zip", beethoven()), "--output_dir", tmp_path

@@ -71,7 +71,7 @@ class Reduced:
     config: ModelConfig
     trained_per_minute: int
 
-    def source(self) -> str:
+    def source(self, between: str = ", ") -> str:
         """The config's fields as Python writes them in a call, without those at their defaults."""
         fields = ((field, getattr(self.config, field.name)) for field in dataclasses.fields(self.config))
-        return ", ".join(f"{field.name}={value!r}" for field, value in fields if value != field.default)
+        return between.join(f"{field.name}={value!r}" for field, value in fields if value != field.default)
