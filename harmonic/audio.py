@@ -39,7 +39,7 @@ def token_dtype(num_levels: int) -> np.dtype:
 
 
 def no_sound(low: float, high: float) -> str:
-    """Why a recording between these extremes has nothing to scale up, a clause whose subject is the recording; or ``.
+    """Why a recording between these extremes has nothing to scale up, a clause about the recording; empty if it has.
 
     Scaled to its own extremes, silence would be a constant at full scale, and rounding noise would be loud noise.
     """

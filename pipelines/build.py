@@ -16,7 +16,7 @@ import os
 from collections.abc import Sequence
 
 from harmonic.audio import ENCODINGS, MAX_LEVELS, SAMPLE_RATE, token_dtype
-from harmonic.errors import UserError
+from harmonic.errors import Unreadable, UserError
 from harmonic.locks import writing
 from harmonic.records import SPLITS, Manifest, Skipped
 from pipelines.beam.loading import import_beam, uncollected
@@ -31,7 +31,6 @@ from pipelines.beam.runners import (
 )
 from pipelines.beam.sink import clear, clear_stages, create_folder, missing_files, read_manifest
 from pipelines.beam.workers import LocalWorkers
-from pipelines.errors import Unreadable
 from pipelines.own_config import remove_config, write_config
 from pipelines.paths import is_local, join
 from pipelines.sources import open_source

@@ -1,4 +1,4 @@
-"""What can go wrong besides a UserError: an unreadable recording, a full disk, an output that cannot be written."""
+"""What can go wrong with disks and outputs, as a UserError."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import errno
 import tempfile
 from collections.abc import Iterator
 
-from harmonic.errors import Unreadable as Unreadable
 from harmonic.errors import UserError, one_line
 
 _FULL = {errno.ENOSPC: "no space is left", errno.EDQUOT: "the quota is used up", errno.EFBIG: "a file is too large"}

@@ -18,12 +18,11 @@ import soundfile
 from archives import PACK, sc09, tar_bytes, wav, write_folder, write_zip, zip_bytes
 from hub_server import Fault, Hub
 
-from harmonic.errors import UserError
+from harmonic.errors import Unreadable, UserError
 from harmonic.sound import bombs
 from harmonic.sound.level import Extent
 from pipelines import limits
 from pipelines.audio.waveform import measure
-from pipelines.errors import Unreadable
 from pipelines.sources import open_source, remote, tar
 from pipelines.sources.layouts import data_set
 

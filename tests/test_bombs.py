@@ -16,9 +16,8 @@ from mains import ROOT
 
 _CHILD = """
 import json, resource, sys
-from harmonic.errors import UserError
+from harmonic.errors import Unreadable, UserError
 from pipelines.audio.waveform import measure
-from pipelines.errors import Unreadable
 from pipelines.sources import open_source
 from pipelines.sources.layouts import data_set
 with open("/proc/self/status") as file:

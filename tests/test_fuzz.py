@@ -32,12 +32,11 @@ from mains import run_main
 
 from harmonic import config, data, records
 from harmonic.config import Config, load_config
-from harmonic.errors import UserError
+from harmonic.errors import Unreadable, UserError
 from pipelines import prepare
 from pipelines.audio.waveform import measure
 from pipelines.beam import sink
 from pipelines.beam.sink import ShardWriter
-from pipelines.errors import Unreadable
 from pipelines.inspection import verify
 from pipelines.sources import open_source
 from pipelines.sources.layouts import data_set

@@ -13,8 +13,7 @@ import pytest
 from archives import parquet, wav
 from hub_server import COMMIT, Fault, Hub, take_for_the_hub
 
-from harmonic.errors import UserError
-from pipelines.errors import Unreadable
+from harmonic.errors import Unreadable, UserError
 from pipelines.sources import open_source
 from pipelines.sources.layouts import data_set
 

@@ -9,8 +9,7 @@ import pytest
 import soundfile
 from archives import tar_bytes, wav, write_folder, write_zip
 
-from harmonic.errors import UserError
-from pipelines.errors import Unreadable
+from harmonic.errors import Unreadable, UserError
 from pipelines.sources import layouts, open_source, spool
 from pipelines.sources.base import SourceRecording, natural_key
 from pipelines.sources.layouts import data_set

@@ -12,23 +12,14 @@ import pytest
 import soundfile
 import soxr
 from hypothesis import strategies as st
+from sounds import encoded, noise
 
 from harmonic import audio
+from harmonic.errors import Unreadable
 from harmonic.sound import decode
 from harmonic.sound.resample import mono
 from pipelines.audio import quantise
 from pipelines.audio.waveform import measure
-from pipelines.errors import Unreadable
-
-
-def noise(*shape, seed=0):
-    return np.random.default_rng(seed).normal(0, 0.1, shape).astype(np.float32)
-
-
-def encoded(samples, rate=16_000, format="WAV", subtype=None):
-    file = io.BytesIO()
-    soundfile.write(file, samples, rate, format=format, subtype=subtype)
-    return file.getvalue()
 
 
 def decoded(file):

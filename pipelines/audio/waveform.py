@@ -16,11 +16,12 @@ import numpy as np
 
 from harmonic import loudness
 from harmonic.audio import no_sound
+from harmonic.errors import Unreadable
 from harmonic.sound.decode import check_disk, decode
 from harmonic.sound.level import Extent
 from harmonic.sound.resample import mono
 from pipelines.audio import quantise
-from pipelines.errors import Unreadable, scratch_errors
+from pipelines.errors import scratch_errors
 from pipelines.limits import SPOOL_BYTES
 
 

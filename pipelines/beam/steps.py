@@ -9,13 +9,13 @@ from collections.abc import Collection, Iterator
 import apache_beam as beam
 
 from harmonic.audio import PUBLISHED
-from harmonic.errors import UserError, one_line
+from harmonic.errors import Unreadable, UserError, one_line
 from harmonic.records import SPLITS, Manifest, Noted, Record, Recording, Skipped, Split
 from pipelines.audio.waveform import measure
 from pipelines.beam.progress import Meter
 from pipelines.beam.sharding import ShardRows
 from pipelines.beam.sink import ShardWriter, WrittenShard, clear, flush_staged, publish, shard_name
-from pipelines.errors import Unreadable, scratch_errors
+from pipelines.errors import scratch_errors
 from pipelines.sources.base import Source
 from pipelines.sources.layouts import DATA_SETS
 

@@ -9,9 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
-from harmonic.errors import UserError, one_line
+from harmonic.errors import Unreadable, UserError, one_line
 from harmonic.records import LeftOut
-from pipelines.errors import Unreadable
 from pipelines.sources.base import Files, Source, SourceRecording, is_audio, natural_key
 from pipelines.sources.layouts import DataSet, Misfit
 

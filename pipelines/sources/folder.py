@@ -7,8 +7,7 @@ import os
 import stat
 from typing import Any, BinaryIO
 
-from harmonic.errors import UserError
-from pipelines.errors import Unreadable
+from harmonic.errors import Unreadable, UserError
 from pipelines.sources.base import HIDDEN, Files, is_hidden
 
 

@@ -22,9 +22,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
-from harmonic.errors import UserError, one_line
+from harmonic.errors import Unreadable, UserError, one_line
 from harmonic.records import SPLITS
-from pipelines.errors import Unreadable
 from pipelines.sources.base import Source, SourceRecording, is_audio, natural_key
 from pipelines.sources.hub import HubFile, no_permission
 from pipelines.sources.remote import RangeReader, Refused, Transient

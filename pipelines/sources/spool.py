@@ -8,8 +8,8 @@ import shutil
 import tempfile
 from typing import BinaryIO, cast
 
-from harmonic.errors import UserError
-from pipelines.errors import Unreadable, scratch_errors
+from harmonic.errors import Unreadable, UserError
+from pipelines.errors import scratch_errors
 from pipelines.limits import SPOOL_BYTES
 from pipelines.sources.remote import Refused, RemoteFile
 

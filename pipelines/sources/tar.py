@@ -25,9 +25,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from harmonic.errors import UserError, one_line
+from harmonic.errors import Unreadable, UserError, one_line
 from harmonic.locks import is_at, locked_file
-from pipelines.errors import Unreadable, scratch_errors
+from pipelines.errors import scratch_errors
 from pipelines.limits import check_ratio
 from pipelines.sources.base import HIDDEN, Files, is_hidden
 from pipelines.sources.remote import RemoteFile

@@ -9,9 +9,9 @@ import zipfile
 import zlib
 from typing import Any, BinaryIO, cast
 
-from harmonic.errors import UserError, one_line
-from pipelines.errors import Unreadable
-from pipelines.limits import MAX_RATIO, check_ratio, is_bomb
+from harmonic.errors import Unreadable, UserError, one_line
+from harmonic.sound.bombs import MAX_RATIO, is_bomb
+from pipelines.limits import check_ratio
 from pipelines.sources.base import HIDDEN, Files, is_hidden
 from pipelines.sources.remote import RangeReader, RemoteFile
 from pipelines.sources.spool import spooled
