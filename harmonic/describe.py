@@ -111,8 +111,14 @@ def memory(config: Config) -> dict[str, int]:
 
     Returns:
       {"weights" (parameters and their average), "optimizer", "batch" (the tokens), "gradients" (with the copies of the
-      weights that are made for a step), "activations" (of one segment), "states" (kept between segments), "total"}.
+      weights that are made for a step), "activations" (of one segment), "states" (kept between segments), "total"}; of
+      the stage that holds most.
     """
+    stages = (config.at(start) for start in (0, *(stage.start for stage in config.train.stages)))
+    return max(map(_memory, stages), key=lambda parts: parts["total"])
+
+
+def _memory(config: Config) -> dict[str, int]:
     model, found = _model(config), costs(config)
     weights = sum(found.by_part.values()) * NUMBER
     (segments, length), train = config.segments, config.train

@@ -55,6 +55,12 @@ def test_memory_is_as_foretold(assignments):
     assert memory(config)["total"] == pytest.approx(actual.temporaries + actual.arguments, rel=0.25)
 
 
+def test_memory_is_that_of_the_largest_stage():
+    stage = '{"start": 5, "window_length": 32000, "global_batch_size": 16}'
+    config = override(load_config("sc09_small"), [f"train.stages=[{stage}]"])
+    assert memory(config) == memory(config.at(5)) and memory(config)["total"] > memory(config.at(0))["total"]
+
+
 def test_what_fits_fits_and_no_more():
     config = override(load_config("sc09"), ["train.segment_length=3200", "mesh.seq=4"])
     room = 2 << 30

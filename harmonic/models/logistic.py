@@ -14,6 +14,22 @@ import jax.numpy as jnp
 
 from harmonic.models import categorical
 
+# Before training: 8 levels of 256 for a step of a centre, and a scale of 2.3, as neighbouring samples of music differ.
+_SHIFT, _LOG_SCALE = 1 / 16, -4.0
+
+
+def around(head: jax.Array, before: jax.Array, num_levels: int) -> jax.Array:
+    """Outputs whose components are around the sample before: a model that has learned nothing yet expects no change.
+
+    Args:
+      head: [..., 3 * components], a layer's numbers of about 1.
+      before: [...], the token before each.
+      num_levels: levels of a token.
+    """
+    weights, shifts, spreads = jnp.split(head, 3, axis=-1)
+    centre = (2 * before.astype(head.dtype) + 1) / num_levels - 1
+    return jnp.concatenate([weights, centre[..., None] + _SHIFT * shifts, spreads + _LOG_SCALE], axis=-1)
+
 
 def log_prob(outputs: jax.Array, tokens: jax.Array, num_levels: int) -> jax.Array:
     """Log-likelihood in nats, [batch, time], of tokens [batch, time, channels] under outputs [batch, time, channels,

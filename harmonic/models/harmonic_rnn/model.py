@@ -35,9 +35,6 @@ from harmonic.models.harmonic_rnn import fused, layers
 from harmonic.models.harmonic_rnn.config import ModelConfig
 from harmonic.models.harmonic_rnn.costs import costs
 
-# Of a mixture's components before training: 2 and 2.3 of 256 levels, as neighbouring samples of music differ.
-_SHIFT, _LOG_SCALE = 1 / 16, -4.0
-
 
 class State(NamedTuple):
     """All that is kept of the past; the same for segments and for single samples.
@@ -228,17 +225,10 @@ class HarmonicRNN(base.Model):
         )
 
     def _outputs(self, head: jax.Array, before: jax.Array) -> jax.Array:
-        """What the head gives, [..., outputs], after tokens [...], as `log_prob` takes it: [..., 1, outputs].
-
-        A mixture's components are around the sample before: a model that has learned nothing yet expects no change.
-        """
-        if self.config.head == "categorical":
-            return head[..., None, :]
-        weights, shifts, spreads = jnp.split(head, 3, axis=-1)
-        centre = (2 * before.astype(head.dtype) + 1) / self.num_levels - 1
-        return jnp.concatenate([weights, centre[..., None] + _SHIFT * shifts, spreads + _LOG_SCALE], axis=-1)[
-            ..., None, :
-        ]
+        """What the head gives, [..., outputs], after tokens [...], as `log_prob` takes it: [..., 1, outputs]."""
+        if self.config.head == "logistic":
+            head = logistic.around(head, before, self.num_levels)
+        return head[..., None, :]
 
     def log_prob(self, outputs: jax.Array, tokens: jax.Array) -> jax.Array:
         """As `base.Model.log_prob`, by the config's head."""
