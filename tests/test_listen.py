@@ -321,7 +321,7 @@ def compressed(seconds: int) -> bytes:
         (lambda: wav(tone(61)), 400, "longer than 60 s"),
         (lambda: compressed(3_600), 400, "longer than 60 s"),
         (lambda: wav(np.full(RATE, np.nan), subtype="FLOAT"), 400, "not finite"),
-        (lambda: wav(tone(1), 100), 400, "is at 100 Hz"),
+        (lambda: wav(tone(1), 100), 400, "a sample rate of 100 Hz"),
         (lambda: wav(tone(0)), 400, "no samples"),
         (lambda: bytes(50_000_001), 413, "50.0 MB; give at most 50 MB"),
     ],

@@ -5,17 +5,15 @@ from __future__ import annotations
 import io
 
 import numpy as np
-import soundfile
-import soxr
 
-from harmonic.errors import UserError, one_line
+from harmonic.errors import Unreadable, UserError
+from harmonic.sound.decode import decode
+from harmonic.sound.resample import mono
 from harmonic.voice import Codec
 
 MOST_BYTES = 50_000_000
 MOST_SECONDS = 60.0
 _SILENCE = 1e-4  # -80 dB below full scale
-_RATES = 1_000, 768_000  # Hz
-_BLOCK = 1 << 20  # samples of all channels that are decoded at a time
 
 
 def read(content: bytes, codec: Codec, units: tuple[int, int]) -> np.ndarray:
@@ -25,7 +23,7 @@ def read(content: bytes, codec: Codec, units: tuple[int, int]) -> np.ndarray:
     for each length.
 
     Args:
-      content: of an audio file that libsndfile reads; it is mixed to one channel and resampled.
+      content: of any audio file that `pipelines.prepare` reads.
       codec: the model's.
       units: samples, the smaller unit for prompts that are shorter than the larger one.
 
@@ -34,16 +32,15 @@ def read(content: bytes, codec: Codec, units: tuple[int, int]) -> np.ndarray:
     """
     if len(content) > MOST_BYTES:
         raise too_large(len(content))
-    waveform, rate = _decode(content)
+    waveform = _decode(content, codec.sample_rate)
     if abs(waveform - waveform.mean(dtype=np.float64)).max() < _SILENCE:
         raise UserError("the prompt is silent; give one that can be heard")
-    if rate != codec.sample_rate:
-        waveform = soxr.resample(waveform, rate, codec.sample_rate)
-    unit = max(units) if len(waveform) >= max(units) else min(units)
-    kept = len(waveform) // unit * unit
+    tokens = codec.prompt(waveform)
+    unit = max(units) if len(tokens) >= max(units) else min(units)
+    kept = len(tokens) // unit * unit
     if not kept:
         raise UserError(f"the prompt is shorter than {unit / codec.sample_rate:.2f} s; give a longer one")
-    return codec.encode(waveform)[-kept:]
+    return tokens[-kept:]
 
 
 def too_large(size: int) -> UserError:
@@ -51,28 +48,22 @@ def too_large(size: int) -> UserError:
     return UserError(f"the prompt has {size / 1e6:.1f} MB; give at most {MOST_BYTES / 1e6:.0f} MB")
 
 
-def _decode(content: bytes) -> tuple[np.ndarray, int]:
-    """Mono samples and their rate. What a header claims is not believed: a small file can hold hours."""
+def _decode(content: bytes, rate: int) -> np.ndarray:
+    """Mono samples at a rate, decoded as recordings are. What a header claims is not believed: a small file can hold
+    hours."""
+    blocks, samples = [], 0
     try:
-        with soundfile.SoundFile(io.BytesIO(content)) as file:
-            rate, blocks, frames = file.samplerate, [], 0
-            if not _RATES[0] <= rate <= _RATES[1]:
-                raise UserError(f"the prompt is at {rate:,} Hz; give one at {_RATES[0]:,} to {_RATES[1]:,} Hz")
-            while frames <= MOST_SECONDS * rate:
-                block = file.read(max(_BLOCK // file.channels, 1), dtype="float32", always_2d=True)
-                if not len(block):
-                    break
-                blocks.append(block.mean(axis=1, dtype=np.float32))
-                frames += len(block)
-    except (soundfile.LibsndfileError, OSError, ValueError) as error:
-        raise UserError(
-            f"the prompt is not audio that can be read ({one_line(error)}); give a WAV, FLAC, OGG or MP3 file"
-        ) from error
-    if frames > MOST_SECONDS * rate:
-        raise UserError(f"the prompt is longer than {MOST_SECONDS:.0f} s; give a shorter one")
-    if not frames:
+        sound = decode(io.BytesIO(content))
+        for block in mono(sound.blocks, sound.rate, rate):
+            blocks.append(block)
+            samples += len(block)
+            if samples > MOST_SECONDS * rate:
+                raise UserError(f"the prompt is longer than {MOST_SECONDS:.0f} s; give a shorter one")
+    except Unreadable as error:
+        raise UserError(f"the prompt is not audio that can be read: it {error}; give another file") from error
+    if not samples:
         raise UserError("the prompt holds no samples; give another file")
     waveform = np.concatenate(blocks)
     if not np.isfinite(waveform).all():
         raise UserError("the prompt holds samples that are not finite (NaN or infinity); give another file")
-    return waveform, rate
+    return waveform
