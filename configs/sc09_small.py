@@ -1,4 +1,4 @@
-"""A reduced HarmonicRNN (146,892 parameters) that learns real spoken digits on two CPU cores in about ten minutes.
+"""A reduced HarmonicRNN (159,884 parameters) that learns real spoken digits on two CPU cores in about ten minutes.
 
     python -m workflows.full_run --config=sc09_small --source=sc09.zip
 
@@ -15,20 +15,22 @@ def get_config() -> Config:
     return Config(
         name="sc09_small",
         model=models.reduced().config,
-        data=DataConfig(dataset="sc09", encoding="mu_law", window_length=256),
+        data=DataConfig(dataset="sc09", encoding="mu_law", window_length=128),
         train=TrainConfig(
-            steps=7_200,
-            global_batch_size=8,
-            stages=(Stage(start=5_400, window_length=1_024, global_batch_size=2),),
+            steps=40_000,
+            global_batch_size=16,
+            stages=(Stage(15_000, window_length=256, global_batch_size=8), Stage(30_000, 1_024, 2)),
             optimizer="muon",
-            learning_rate=0.008,
+            learning_rate=0.005,
             schedule="linear",
             warmup_steps=50,
+            beta2=0.95,
             ema_decay=0.99,
             ema_debias=True,
-            validate_every=900,
-            checkpoint_every=900,
-            sample_every=2_400,
+            log_every=50,
+            validate_every=10_000,
+            checkpoint_every=5_000,
+            sample_every=20_000,
         ),
         evaluate=EvaluateConfig(batch_size=32),
         generate=GenerateConfig(num_samples=8, seconds=1.0, prompt_seconds=0.25),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 
@@ -13,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from harmonic.config import MeshConfig
 from harmonic.errors import UserError
+from harmonic.processes import current
 
 DATA, SEQ = "data", "seq"
 REPLICATED = P()
@@ -23,10 +25,15 @@ ROWS = P(DATA)  # [batch]
 def make_mesh(config: MeshConfig) -> Mesh:
     """The mesh of a config, with an equal number of devices from every process.
 
+    A single process on CPU gets as many CPU devices as the mesh asks for, if JAX has made none yet: a step that is too
+    small for XLA to spread over the cores is spread by `data`.
+
     Raises:
       UserError: the mesh needs more devices than there are, leaves out a process, or cuts across processes.
     """
-    processes, devices, wanted = jax.process_count(), jax.devices(), config.data * config.seq
+    wanted = config.data * config.seq
+    _allow_cpu_devices(wanted)
+    processes, devices = jax.process_count(), jax.devices()
     asked = f"mesh.data={config.data} x mesh.seq={config.seq} asks for {wanted} devices"
     if wanted > len(devices):
         raise UserError(
@@ -49,6 +56,14 @@ def make_mesh(config: MeshConfig) -> Mesh:
     mesh = jax.make_mesh(shape, (DATA, SEQ), axis_types=(AxisType.Auto,) * 2, devices=devices[:wanted])
     process_part(mesh)
     return mesh
+
+
+def _allow_cpu_devices(wanted: int) -> None:
+    """Has JAX make that many CPU devices, unless there are several processes, or somebody said how many."""
+    said = jax.config.jax_num_cpu_devices > 0 or "device_count=" in os.environ.get("XLA_FLAGS", "")
+    if wanted > 1 and current()[1] == 1 and not said:
+        with contextlib.suppress(RuntimeError):  # JAX has made its devices
+            jax.config.update("jax_num_cpu_devices", wanted)
 
 
 def hardware() -> str:

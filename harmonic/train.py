@@ -135,8 +135,8 @@ def _train(
     config: Config, dataset: Dataset, run: Run, init_from: str | None, evaluators: list[Evaluator], started: float
 ) -> TrainResult:
     lead, settings = processes.current()[0] == 0, config.train
+    mesh = meshes.make_mesh(config.mesh)  # before anything else uses JAX's devices
     model = models.make(config.model, config.data.num_levels, dataset.manifest.channels)
-    mesh = meshes.make_mesh(config.mesh)
     feed = Feed(dataset, config, mesh)
     run.check(config, dataset.folder, dataset.manifest)
     processes.gather("")  # no process writes before all have checked

@@ -13,8 +13,9 @@ from pipelines.sources.layouts import DATA_SETS
 
 CONFIG_NAME = "config.py"
 _AT_ONCE = 16_000  # samples of a recording that evaluation holds at once
-_TO_SEE = 16_000_000  # samples of a training run: some ten minutes on two CPU cores
-_WINDOW, _LATER, _BATCH = 256, 1_024, 8  # short windows for three quarters of the steps, then longer and fewer ones
+_TO_SEE = 60_000_000  # samples of a training run: some ten minutes on two CPU cores
+_AT_A_STEP = 2_048  # samples, in windows that grow: (the share of the steps that comes before, samples of a window)
+_WINDOWS = ((0.0, 128), (0.375, 256), (0.75, 1_024))
 _TO_VALIDATE = 2_000_000  # samples
 _TEMPLATE = '''"""A reduced {model} on {recordings:,} recordings of one's own ({hours:.2f} hours to train on).
 
@@ -47,11 +48,13 @@ def get_config() -> Config:
             global_batch_size={batch},
             stages={stages},
             optimizer="muon",
-            learning_rate=0.008,
+            learning_rate=0.005,
             schedule="linear",
             warmup_steps=50,
+            beta2=0.95,
             ema_decay=0.99,
             ema_debias=True,
+            log_every=50,
             validate_every={every},
             checkpoint_every={every},
             validation_recordings={validation},
@@ -64,6 +67,11 @@ def get_config() -> Config:
 '''
 
 
+def _rows(window: int) -> int:
+    """Windows a step."""
+    return max(_AT_A_STEP // window, 1)
+
+
 def config_text(manifest: Manifest) -> str:
     """The text of a data set's config.py: the same manifest always gives the same text.
 
@@ -74,11 +82,14 @@ def config_text(manifest: Manifest) -> str:
     multiple = model.config.multiple
     train, validation, test = (manifest.splits[split] for split in ("train", "validation", "test"))
     longest = max(shard.longest for shard in train.shards) or manifest.window_length
-    window = min(_WINDOW, longest)
-    later = min(_LATER, longest // multiple * multiple)
-    steps = _TO_SEE // (_BATCH * _WINDOW)
-    fewer = max(_BATCH * window // max(later, 1), 1)
-    stage = f"Stage(start={3 * steps // 4:_}, window_length={later:_}, global_batch_size={fewer})"
+    steps = _TO_SEE // _AT_A_STEP
+    sizes: dict[int, int] = {}  # the step that a window's length is taken from
+    for share, length in _WINDOWS:
+        fitting = min(length, longest if share == 0 else longest // multiple * multiple)
+        if not sizes or fitting > max(sizes):
+            sizes[fitting] = round(share * steps)
+    (window, _), *later = sizes.items()
+    rows = [f"\n{' ' * 16}Stage({start:_}, window_length={n:_}, global_batch_size={_rows(n)})," for n, start in later]
     seconds = min(4.0, max(shard.longest for shard in test.shards) / manifest.sample_rate or 4.0)
     few = validation.samples > _TO_VALIDATE
     return _TEMPLATE.format(
@@ -87,13 +98,13 @@ def config_text(manifest: Manifest) -> str:
         name=manifest.dataset,
         recordings=train.recordings,
         hours=train.samples / manifest.sample_rate / 3600,
-        minutes=max(1, round(steps * _BATCH * window / model.trained_per_minute)),
+        minutes=max(1, round(steps * _rows(window) * window / model.trained_per_minute)),
         encoding=manifest.encoding,
         levels=manifest.num_levels,
         window=window,
         steps=steps,
-        batch=_BATCH,
-        stages=f"({stage},)" if later > window else "()",
+        batch=_rows(window),
+        stages=f"({''.join(rows)}\n{' ' * 12})" if rows else "()",
         every=max(steps // 6, 1),
         validation=max(validation.recordings * _TO_VALIDATE // validation.samples, 1) if few else 0,
         at_once=_AT_ONCE // multiple * multiple,

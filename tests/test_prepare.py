@@ -310,16 +310,17 @@ def test_a_config_is_written_that_trains_at_once(run, tmp_path, monkeypatch):
         *("mine", "mine", "linear"),
         1024,
     )
-    assert (config.data.window_length, config.data.hop_length) == (256, 0)  # short ones, whatever the data set's are
+    assert (config.data.window_length, config.data.hop_length) == (128, 0)  # short ones, whatever the data set's are
     batch = next(train_batches(Dataset("data/mine"), config))
-    assert batch["tokens"].shape == (config.train.global_batch_size, 256, 1) and batch["tokens"].max() > 255
+    assert batch["tokens"].shape == (config.train.global_batch_size, 128, 1) and batch["tokens"].max() > 255
     # Longer at the end, but no longer than the recordings are.
-    (stage,) = config.train.stages
-    assert (stage.window_length, stage.global_batch_size) == (1_024, 2) and stage.start < config.train.steps
+    stages = config.train.stages
+    assert [(stage.window_length, stage.global_batch_size) for stage in stages] == [(256, 8), (1_024, 2)]
+    assert 0 < stages[0].start < stages[1].start < config.train.steps
     short = {f"s/{i}.wav": wav(500, seed=i) for i in range(3)}
     assert run("--dataset", "short", "--source", write_folder(tmp_path / "s", short), "--output_dir", "other")[0] == 0
-    (stage,) = load_config("other/short/config.py").train.stages
-    assert 256 < stage.window_length <= 500
+    first, last = load_config("other/short/config.py").train.stages
+    assert first.window_length == 256 < last.window_length <= 500
 
 
 @pytest.mark.slow

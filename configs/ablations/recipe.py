@@ -41,7 +41,7 @@ def get_study(size: str) -> Study:
                 "schedule": "linear",
             },
         )
-        deep: tuple[int, ...] = (2, 4, 4, 5, 5)
+        deep: dict[str, Any] = {"pool_factors": (2, 4, 4, 5, 5)}
     else:
         published, small = base("small"), sc09_small.get_config()
         steps = _SAMPLES // (small.train.global_batch_size * small.data.window_length)
@@ -49,7 +49,9 @@ def get_study(size: str) -> Study:
             small,
             train={
                 "steps": steps,
-                "stages": tuple(dataclasses.replace(s, start=3 * steps // 4) for s in small.train.stages),
+                "stages": tuple(
+                    dataclasses.replace(s, start=s.start * steps // small.train.steps) for s in small.train.stages
+                ),
                 "validate_every": steps // 6,
                 "checkpoint_every": steps // 6,
                 "validation_recordings": 48,
@@ -57,7 +59,7 @@ def get_study(size: str) -> Study:
             },
             generate={"num_samples": 4, "num_continuations": 2},
         )
-        deep = (2, 4, 4)
+        deep = {"pool_factors": (2, 4, 4), "blocks_per_level": (1, 1, 3, 3)}
     train, model = published.train, published.model
     per_step = train.global_batch_size * published.data.window_length
     per_found_step = found.train.global_batch_size * found.data.window_length
@@ -77,7 +79,7 @@ def get_study(size: str) -> Study:
         "constant": ("A constant rate", {"train": {"schedule": "constant"}}),
         "softmax": ("A softmax", {"model": {"head": "categorical"}}),
         "ranges": ("The paper's initial recurrences", {"model": ranges}),
-        "pooling": (f"Pooling by {chr(215).join(map(str, deep))}", {"model": {"pool_factors": deep}}),
+        "pooling": (f"Pooling by {chr(215).join(map(str, deep['pool_factors']))}", {"model": deep}),
         "published": (
             "None of it",
             {
