@@ -60,7 +60,8 @@ def make_mesh(config: MeshConfig) -> Mesh:
 
 def _allow_cpu_devices(wanted: int) -> None:
     """Has JAX make that many CPU devices, unless there are several processes, or somebody said how many."""
-    said = jax.config.jax_num_cpu_devices > 0 or "device_count=" in os.environ.get("XLA_FLAGS", "")
+    number = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
+    said = number > 0 or "device_count=" in os.environ.get("XLA_FLAGS", "")
     if wanted > 1 and current()[1] == 1 and not said:
         with contextlib.suppress(RuntimeError):  # JAX has made its devices
             jax.config.update("jax_num_cpu_devices", wanted)

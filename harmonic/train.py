@@ -120,7 +120,7 @@ def train(
     Raises:
       UserError: data, config, folder, processes or weights do not fit together, the folder cannot be written or another
         process writes to it, or training diverges.
-      Interrupted: SIGTERM or SIGINT, to any process; everything is saved.
+      Interrupted: SIGTERM, SIGINT or SIGHUP, to any process; everything is saved.
     """
     started = time.monotonic()
     run, dataset = Run(workdir), Dataset(data)
@@ -313,10 +313,13 @@ def place_step(step: int, mesh: Mesh) -> jax.Array:
 
 @contextlib.contextmanager
 def _asked_to_stop() -> Iterator[list[int]]:
-    """A list that SIGTERM and SIGINT append to within the block (in the main thread)."""
+    """A list that SIGTERM, SIGINT and SIGHUP append to within the block (in the main thread)."""
     caught: list[int] = []
+    wanted = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored
+        wanted.append(signal.SIGHUP)
     try:
-        before = {s: signal.signal(s, lambda s, _: caught.append(s)) for s in (signal.SIGTERM, signal.SIGINT)}
+        before = {s: signal.signal(s, lambda s, _: caught.append(s)) for s in wanted}
     except ValueError:  # another thread: the main thread handles signals
         yield caught
         return

@@ -183,6 +183,13 @@ def change(path, value):
     return sealed(raw)
 
 
+def test_a_later_versions_field_is_passed_over_and_is_under_the_checksum():
+    text = change(["later"], {"new": 1.5})
+    assert records.Manifest.from_json(text) == manifest()
+    with pytest.raises(ValueError, match="own checksum"):
+        records.Manifest.from_json(text.replace("1.5", "2.5"))
+
+
 def test_a_manifest_that_is_sealed_again_is_read():
     """So that what is refused below is refused for what it says."""
     assert records.Manifest.from_json(change(["loudness"], -23.0)).loudness == -23

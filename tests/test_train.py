@@ -46,15 +46,15 @@ def test_a_run_leaves_what_it_should(reference_run):
 @pytest.mark.laws
 def test_interruption_is_invisible(tiny_data, tmp_path, reference_run):
     """Law 5: stopped by a signal after a step, twice, and gone on with, the run ends as one left alone."""
-    workdir, stops = tmp_path / "run", 0
+    workdir, stops, signals = tmp_path / "run", 0, (signal.SIGTERM, signal.SIGHUP)
     while True:
         # The signal comes while the loop runs; wherever that is, the run saves and leaves.
         lines = len(read_metrics(workdir))
 
-        def interrupt(lines=lines):
+        def interrupt(lines=lines, number=(*signals, 0)[stops]):
             while len(read_metrics(workdir)) <= lines:
                 time.sleep(0.005)
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
         if stops < 2:
             threading.Thread(target=interrupt, daemon=True).start()
@@ -62,7 +62,7 @@ def test_interruption_is_invisible(tiny_data, tmp_path, reference_run):
             training.train(config(), tiny_data, workdir)
             break
         except training.Interrupted as stop:
-            assert stop.signal == signal.SIGTERM and "same command goes on" in str(stop)
+            assert stop.signal == signals[stops] and "same command goes on" in str(stop)
             stops += 1
     step, state = final_state(workdir)
     expected_step, expected = final_state(reference_run)
@@ -250,3 +250,13 @@ def test_an_evaluator_of_ones_own(tiny_data, tmp_path, reference_run):
     assert [line["step"] for line in lines] == list(seen) == [4, 6] and all(line["largest"] > 0 for line in lines)
     jax.tree.map(np.testing.assert_array_equal, seen[6], Run(workdir).weights("latest").params)
     jax.tree.map(np.testing.assert_array_equal, final_state(workdir)[1], final_state(reference_run)[1])
+
+
+def test_a_mesh_on_a_cpu_makes_its_devices():
+    """Where JAX has made none yet, and nobody said how many."""
+    code = "from harmonic import config, mesh; print(mesh.make_mesh(config.MeshConfig(data=3)).size)"
+    bare = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    for said, words in (({}, "3"), ({"JAX_NUM_CPU_DEVICES": "2"}, "but there are 2")):
+        environment = {**bare, "JAX_PLATFORMS": "cpu", **said}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
+        assert words in (done.stdout or done.stderr), done.stderr

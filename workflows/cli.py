@@ -66,6 +66,12 @@ def command(workflow: str) -> str:
     return shlex.join(["python", "-m", f"workflows.{workflow}", *sys.argv[1:]])
 
 
+def next_command(workflow: str, workdir: Path) -> str:
+    """A command line over a run, ready to be pasted, with the data folder that the user gave."""
+    data = [] if FLAGS.data_dir == "data" else [f"--data_dir={FLAGS.data_dir}"]
+    return shlex.join(["python", "-m", f"workflows.{workflow}", f"--workdir={workdir}", *data])
+
+
 def _print_unraisable(unraisable: Any) -> None:
     # After a failed save tensorstore's threads report to an event loop that has ended; the failure itself was raised.
     if str(unraisable.exc_value) != "Event loop is closed":

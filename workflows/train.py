@@ -27,7 +27,7 @@ def main() -> None:
     if not lead:
         return
     best = "" if result.best_step is None else f", best validation {result.best_validation:.4f} at {result.best_step:,}"
-    print(f"trained to step {result.step:,}{best}; evaluate it: python -m workflows.evaluate --workdir={workdir}")
+    print(f"trained to step {result.step:,}{best}; evaluate it: {cli.next_command('evaluate', workdir)}")
 
 
 if __name__ == "__main__":
