@@ -258,5 +258,6 @@ def test_a_mesh_on_a_cpu_makes_its_devices():
     bare = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
     for said, words in (({}, "3"), ({"JAX_NUM_CPU_DEVICES": "2"}, "but there are 2")):
         environment = {**bare, "JAX_PLATFORMS": "cpu", **said}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
         assert words in (done.stdout or done.stderr), done.stderr
