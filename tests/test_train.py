@@ -51,7 +51,7 @@ def test_interruption_is_invisible(tiny_data, tmp_path, reference_run):
         # The signal comes while the loop runs; wherever that is, the run saves and leaves.
         lines = len(read_metrics(workdir))
 
-        def interrupt(lines=lines, number=(*signals, 0)[stops]):
+        def interrupt(lines=lines, number=signals[stops % 2]):
             while len(read_metrics(workdir)) <= lines:
                 time.sleep(0.005)
             os.kill(os.getpid(), number)

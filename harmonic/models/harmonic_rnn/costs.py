@@ -28,7 +28,7 @@ def costs(config: ModelConfig, num_levels: int, params: Any, segments: int = 1) 
     # A training step keeps each block's input and each level's skip; at the outermost rate the most is held at once.
     in_a_block = 7.5 * config.state_width / 2 + 17.5 * config.width
     if config.level_blocks[0] == 1 and config.pool_factors and segments == 1:
-        in_a_block *= 1.75  # XLA makes no loop of a single block, and makes it again before the other pass is done with
+        in_a_block *= 1.75  # XLA makes no loop of a single block, and holds much of both passes at once
     kept = (blocks + sum(pools)) * config.width + max(in_a_block, 2.2 * config.outputs(num_levels) + 6 * config.width)
     return Costs(
         by_part=_by_part(params),
