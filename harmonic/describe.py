@@ -189,9 +189,9 @@ def communication(config: Config) -> dict[str, Any]:
       for one segment; "gradients": the sum of the loss and the weights' gradients, and the number of samples, once a
       step; "step": all of a step.
     """
-    found, shards, segments = costs(config), config.mesh.seq, config.segments[0]
+    found, shards, (segments, length) = costs(config), config.mesh.seq, config.segments
     rows = config.train.global_batch_size // config.mesh.data
-    places = {exchange.name: exchange.sent(rows, shards, segments > 1) for exchange in found.exchanges}
+    places = {exchange.name: exchange.sent(rows, shards, segments > 1, length // shards) for exchange in found.exchanges}
 
     def total(layers: bool) -> int:
         chosen = [exchange for exchange in found.exchanges if (exchange.times > 1) == layers]
