@@ -107,12 +107,16 @@ class TrainConfig:
       optimizer: adamw (all parameters), or muon for the matrices that the model names and AdamW for the rest.
       learning_rate: AdamW's at its highest, reached after `warmup_steps`.
       muon_scale: Muon's learning rate over AdamW's.
-      schedule: what the rates do after warm-up: constant, or a fall to zero at the last step, linear or as a cosine.
-      decay_start: the share of the steps after which they fall.
+      schedule: what the rates do after warm-up: constant; a fall to zero at the last step, linear or as a cosine; or
+        plateau: times `plateau_factor` when the training loss has not fallen for a while.
+      decay_start: the share of the steps after which they fall, for linear and cosine.
+      plateau_factor, plateau_every, plateau_patience: the mean loss of every `plateau_every` steps (an epoch, say) is
+        one look at it; after so many looks without a fall the rates are multiplied by the factor.
       warmup_steps: steps of linear warm-up.
       weight_decay: of both optimisers.
       beta1, beta2: AdamW's.
       clip_norm: the gradient (of bits per sample) is scaled down to this norm.
+      clip_value: after that, each of its numbers is cut to at most this size; 0 for not.
       skip_norm: an update is skipped when the loss is not finite or the norm is not below this.
       ema_decay: of the average of the weights that is evaluated and sampled; 0 takes the raw weights.
       ema_debias: weigh the average by the updates made so far, so that the initial weights do not stay in it: for
@@ -133,13 +137,17 @@ class TrainConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 0.002
     muon_scale: float = 3.0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Literal["constant", "linear", "cosine", "plateau"] = "constant"
     decay_start: float = 0.5
+    plateau_factor: float = 0.2
+    plateau_every: int = 1_000
+    plateau_patience: int = 20
     warmup_steps: int = 1_000
     weight_decay: float = 1e-4
     beta1: float = 0.9
     beta2: float = 0.999
     clip_norm: float = 200.0
+    clip_value: float = 0.0
     skip_norm: float = 1_000.0
     ema_decay: float = 0.999
     ema_debias: bool = False
@@ -154,12 +162,14 @@ class TrainConfig:
     wandb_project: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch_size", "accumulate"):
+        for name in ("steps", "global_batch_size", "accumulate", "plateau_every", "plateau_patience"):
             check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         for name in ("learning_rate", "muon_scale", "clip_norm", "skip_norm"):
             value = getattr(self, name)
             check(math.isfinite(value) and value > 0, f"train.{name}", value, "above 0")
-        for name in ("beta1", "beta2", "ema_decay", "decay_start"):
+        value = self.clip_value
+        check(math.isfinite(value) and value >= 0, "train.clip_value", value, "at least 0")
+        for name in ("beta1", "beta2", "ema_decay", "decay_start", "plateau_factor"):
             check(0 <= getattr(self, name) < 1, f"train.{name}", getattr(self, name), "at least 0 and below 1")
         for name in (
             "warmup_steps",

@@ -191,7 +191,9 @@ def communication(config: Config) -> dict[str, Any]:
     """
     found, shards, (segments, length) = costs(config), config.mesh.seq, config.segments
     rows = config.train.global_batch_size // config.mesh.data
-    places = {exchange.name: exchange.sent(rows, shards, segments > 1, length // shards) for exchange in found.exchanges}
+    places = {
+        exchange.name: exchange.sent(rows, shards, segments > 1, length // shards) for exchange in found.exchanges
+    }
 
     def total(layers: bool) -> int:
         chosen = [exchange for exchange in found.exchanges if (exchange.times > 1) == layers]

@@ -11,9 +11,7 @@ from typing import Literal
 
 from harmonic import models
 
-# Systems without a folder in harmonic.models, by the paper that describes them. A kind's own `about` names the others.
-_NAMES = {"1612.07837": "SampleRNN", "1609.03499": "WaveNet", "2202.09729": "SaShiMi", "2312.00752": "Mamba"}
-_SAMPLE_RNN, _WAVENET, _SASHIMI, _MAMBA = _NAMES
+_SAMPLE_RNN, _WAVENET, _SASHIMI, _MAMBA = "1612.07837", "1609.03499", "2202.09729", "2312.00752"
 PAPER = models.about(models.DEFAULT_KIND).arxiv  # the paper that this project reproduces
 
 
@@ -54,7 +52,7 @@ class Row:
     def title(self) -> str:
         """What a table calls the row: the system's name, and the variant."""
         abouts = (models.about(kind) for kind in models.kinds())
-        name = next((about.name for about in abouts if about.arxiv == self.paper), _NAMES.get(self.paper, self.paper))
+        name = next((about.name for about in abouts if about.arxiv == self.paper), self.paper)
         return ", ".join(filter(None, [name, self.variant]))
 
     def value(self, name: str) -> float | None:

@@ -127,7 +127,7 @@ class Run:
             return
         theirs, ours = (flatten(dataclasses.asdict(c)) for c in (self.config, config))
         may_differ = [*_MAY_DIFFER, *(f"model.{name}" for name in config.model.free)]
-        if config.train.schedule != "constant":
+        if config.train.schedule in ("linear", "cosine"):
             may_differ.remove("train.steps")  # they decide the rates
         differing = [
             f"{path} is {value!r} there and {ours.get(path)!r} here"

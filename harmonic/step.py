@@ -38,7 +38,7 @@ class TrainState(NamedTuple):
     optimizer: Any
 
 
-def make_optimizer(model: Model, config: Config) -> optax.GradientTransformation:
+def make_optimizer(model: Model, config: Config) -> optax.GradientTransformationExtraArgs:
     """`train.optimizer` behind a clipped gradient, its rates as `schedule` gives them.
 
     Where the model puts its parameters into several groups, each group has a rate and a weight decay of its own.
@@ -70,9 +70,16 @@ def make_optimizer(model: Model, config: Config) -> optax.GradientTransformation
     labels, groups = model.param_groups(params)
     if len(groups) == 1:
         (group,) = groups.values()
-        return optax.chain(optax.clip_by_global_norm(train.clip_norm), optimizer(group))
-    parts = optax.multi_transform({name: optimizer(group) for name, group in groups.items()}, labels)
-    return optax.chain(optax.clip_by_global_norm(train.clip_norm), parts)
+        moves = optimizer(group)
+    else:
+        moves = optax.multi_transform({name: optimizer(group) for name, group in groups.items()}, labels)
+    parts = [optax.clip_by_global_norm(train.clip_norm), moves]
+    if train.clip_value:
+        parts.insert(1, optax.clip(train.clip_value))
+    if train.schedule == "plateau":
+        factor, patience, size = train.plateau_factor, train.plateau_patience, train.plateau_every
+        parts.append(optax.contrib.reduce_on_plateau(factor=factor, patience=patience, accumulation_size=size))
+    return optax.with_extra_args_support(optax.chain(*parts))
 
 
 def _matrices(model: Model, params: Any) -> Any:
@@ -93,7 +100,7 @@ def schedule(config: Config, rate: float) -> optax.Schedule:
 
     def at(step: Any) -> Any:
         warm = rate * jnp.minimum(1.0, (step + 1) / max(train.warmup_steps, 1))
-        if train.schedule == "constant":
+        if train.schedule in ("constant", "plateau"):  # a plateau is seen in the loss, by a transformation of its own
             return warm
         done = jnp.clip((step - start) / (train.steps - start), 0.0, 1.0)
         return warm * (1 - done if train.schedule == "linear" else (1 + jnp.cos(math.pi * done)) / 2)
@@ -177,7 +184,7 @@ def make_train_step(model: Model, config: Config, mesh: Mesh) -> jax.stages.Wrap
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & (norm < train.skip_norm)
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to its int32 count of updates
-            updates, adam = optimizer.update(grads, state.optimizer["adam"], state.params)
+            updates, adam = optimizer.update(grads, state.optimizer["adam"], state.params, value=loss)
         params = optax.apply_updates(state.params, updates)
         count = state.optimizer["updates"] + 1
         weight: jax.Array | float = 1 - train.ema_decay

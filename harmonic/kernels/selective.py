@@ -66,7 +66,10 @@ def step(inputs: Inputs, a: jax.Array, h: jax.Array) -> tuple[jax.Array, jax.Arr
         return (h * c[:, None]).sum(-1), h
     decay_re, decay_im = jnp.split(_a_power(a, delta), 2, axis=-1)
     (re, im), (b_re, b_im), (c_re, c_im) = (jnp.split(v, 2, axis=-1) for v in (h, b, c))
-    re, im = decay_re * re - decay_im * im + driven * b_re[:, None], decay_re * im + decay_im * re + driven * b_im[:, None]
+    re, im = (
+        decay_re * re - decay_im * im + driven * b_re[:, None],
+        decay_re * im + decay_im * re + driven * b_im[:, None],
+    )
     return 2 * (c_re[:, None] * re - c_im[:, None] * im).sum(-1), jnp.concatenate([re, im], axis=-1)
 
 

@@ -4,8 +4,9 @@
 
 Within a chunk of Q samples this is a product with the kernel's Toeplitz matrix; a chunk adds one product of its inputs
 to the state, and the state before it one product to its outputs. The tables of these products depend on the parameters
-alone: they are made once a step, and are as large for a minute as for a chunk. The published code convolves by FFT, with
-tables (or, in the DPLR form, a sum over the Cauchy kernel) as long as the sequence, and cannot start from a state.
+alone: they are made once a step, and are as large for a minute as for a chunk. The published code convolves by FFT,
+with tables (or, in the DPLR form, a sum over the Cauchy kernel) as long as the sequence, and cannot start from a
+state.
 
 A state is [batch, width, numbers], real: where A is diagonal its complex modes' real parts, then the imaginary ones.
 """
@@ -69,9 +70,7 @@ def dense(a: jax.Array, b: jax.Array, c: jax.Array, chunk: int = CHUNK) -> Table
     return Tables((c[..., None] * columns).sum(1), columns[..., ::-1], rows, a, power)
 
 
-def convolve(
-    tables: Tables, u: jax.Array, h0: jax.Array, *, axis: str | None = None
-) -> tuple[jax.Array, jax.Array]:
+def convolve(tables: Tables, u: jax.Array, h0: jax.Array, *, axis: str | None = None) -> tuple[jax.Array, jax.Array]:
     """The layer over a segment of any length.
 
     Args:
@@ -89,7 +88,11 @@ def convolve(
     pieces = [u[:, : whole * size].reshape(batch, whole, size, width)] if whole else []
     pieces += [u[:, None, whole * size :]] if rest else []
     added = [jnp.einsum("bcqh,hmq->bchm", piece, tables.into[..., size - piece.shape[2] :]) for piece in pieces]
-    before, last = _scan(tables, jnp.concatenate(added, axis=1), whole, rest, h0, axis)
+    chunks = jnp.concatenate(added, axis=1)
+    if tables.whole is None:
+        before, last = _scan_diagonal(tables.once, chunks, size, rest, h0, axis)
+    else:
+        before, last = _scan_dense(tables, tables.whole, chunks[:, :whole], u[:, whole * size :], time, h0, axis)
     outputs, first = [], 0
     for piece in pieces:
         count, length = piece.shape[1:3]
@@ -116,50 +119,59 @@ def _toeplitz(kernel: jax.Array) -> jax.Array:
     return repeated[:, : size * (2 * size - 1)].reshape(width, size, 2 * size - 1)[..., :size]
 
 
-def _scan(
-    tables: Tables, added: jax.Array, whole: int, rest: int, h0: jax.Array, axis: str | None
+def _scan_dense(
+    tables: Tables, power: jax.Array, added: jax.Array, rest: jax.Array, time: int, h0: jax.Array, axis: str | None
 ) -> tuple[jax.Array, jax.Array]:
-    """(the states before each chunk [batch, chunks, width, M], the state after the last), for what each chunk adds."""
-    if tables.whole is None:
-        return _scan_diagonal(tables.once, added, tables.kernel.shape[-1], rest, h0, axis)
-    last_power = tables.whole if not rest else _power(tables.once, rest)
+    """(the states before each chunk [batch, chunks, width, M], the state after the last).
+
+    Args:
+      tables, power: the tables, and their `whole`.
+      added: [batch, whole chunks, width, M], what each adds to the state.
+      rest: [batch, samples, width], what no whole chunk holds: its samples are taken one by one.
+      time: of both.
+      h0, axis: as for `convolve`.
+    """
+    b = tables.into[..., -1]
+
+    def chunk(h: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return apply_matrix(power, h) + x, h
+
+    def sample(h: jax.Array, u: jax.Array) -> tuple[jax.Array, None]:
+        return apply_matrix(tables.once, h) + b[None] * u[..., None], None
 
     def run(h: jax.Array) -> tuple[jax.Array, jax.Array]:
-        def body(h: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return apply_matrix(tables.whole, h) + x, h
-
-        chunks = added.swapaxes(0, 1)
-        h, before = jax.lax.scan(body, h, chunks[:whole])
-        if rest:
+        h, before = jax.lax.scan(chunk, h, added.swapaxes(0, 1))
+        if rest.shape[1]:
             before = jnp.concatenate([before, h[None]])
-            h = apply_matrix(last_power, h) + chunks[-1]
+            h, _ = jax.lax.scan(sample, h, rest.swapaxes(0, 1))
         return before.swapaxes(0, 1), h
 
     if axis is None or jax.lax.axis_size(axis) == 1:
         return run(h0)
     # A shard maps the state that enters it to P h + (its last state from zero), with the same matrix P everywhere: one
     # all-gather of the last states tells every shard what enters it.
-    time = whole * tables.kernel.shape[-1] + rest
-    power, shard = _power(tables.once, time), jax.lax.axis_index(axis)
+    total, shard = _power(tables.once, time), jax.lax.axis_index(axis)
     lasts = jax.lax.all_gather(run(jnp.zeros_like(h0))[1], axis)
     entering, carry = h0, h0
     for i in range(jax.lax.axis_size(axis)):
         entering = jnp.where(shard == i, carry, entering)
-        carry = apply_matrix(power, carry) + lasts[i]
+        carry = apply_matrix(total, carry) + lasts[i]
     return run(entering)[0], carry
 
 
 def _scan_diagonal(
     log_a: jax.Array, added: jax.Array, size: int, rest: int, h0: jax.Array, axis: str | None
 ) -> tuple[jax.Array, jax.Array]:
+    """As `_scan_dense`, for chunks of `size` samples, the last one of `rest` where that is not 0."""
     from harmonic.kernels import linear_scan  # the doors import the kernels
 
-    batch, chunks, width, numbers = added.shape
+    _, chunks, width, numbers = added.shape
     lengths = jnp.full(chunks, size).at[-1].set(rest or size).astype(log_a.dtype)
     a = jnp.exp(log_a[None] * lengths[:, None, None]).reshape(1, chunks, -1)
 
     def pair(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return tuple(part.reshape(*x.shape[:-2], -1) for part in jnp.split(x, 2, axis=-1))  # type: ignore[return-value]
+        re, im = (part.reshape(*x.shape[:-2], -1) for part in jnp.split(x, 2, axis=-1))
+        return re, im
 
     def join(re: jax.Array, im: jax.Array) -> jax.Array:
         return jnp.concatenate([part.reshape(*part.shape[:-1], width, numbers // 2) for part in (re, im)], axis=-1)
@@ -167,9 +179,9 @@ def _scan_diagonal(
     x = pair(added)
     a_re, a_im = (jnp.broadcast_to(part, x[0].shape) for part in (a.real, a.imag))
     h, last = linear_scan(x, (a_re, a_im), pair(h0), axis=axis)
-    after, last = join(*h), join(*last)
+    after = join(*h)
     entering, _ = left_halo(after[:, -1], h0, axis)
-    return jnp.concatenate([entering[:, None], after[:, :-1]], axis=1), last
+    return jnp.concatenate([entering[:, None], after[:, :-1]], axis=1), join(*last)
 
 
 def apply_matrix(a: jax.Array, h: jax.Array) -> jax.Array:

@@ -130,18 +130,20 @@ def rounded(counts: Mapping[str, float]) -> dict[str, int]:
 
 
 _MOVES = frozenset(
-    "reshape broadcast_in_dim transpose slice dynamic_slice dynamic_update_slice concatenate squeeze convert_element_type"
-    " gather scatter pad rev copy iota split stop_gradient optimization_barrier expand_dims ppermute all_gather".split()
+    (
+        "reshape broadcast_in_dim transpose slice dynamic_slice dynamic_update_slice concatenate squeeze gather "
+        "scatter convert_element_type pad rev copy iota split stop_gradient optimization_barrier ppermute all_gather"
+    ).split()
 )
 
 
 def operations(model: Any, segments: int = 1) -> dict[str, dict[str, int]]:
-    """`Costs.operations` of a model, counted in its traced forward over a few multiples.
+    """`Costs.operations` of a model, counted in its traced forward over some 4,096 samples.
 
     In training the layers are made again for the backward pass, with several segments everything is, and the backward
     pass itself takes twice a forward's. The update, once a step, is not counted.
     """
-    time = model.multiple * max(1, 512 // model.multiple)
+    time = model.multiple * max(1, 4_096 // model.multiple)
     weights = jax.eval_shape(lambda: model.prepare(model.init(jax.random.key(0))))
     tokens = jax.ShapeDtypeStruct((1, time, model.channels), "int32")
     inputs = {"tokens": tokens} | ({"label": jax.ShapeDtypeStruct((1,), "int32")} if model.labels else {})

@@ -68,7 +68,12 @@ class Dilated:
         return tuple(jnp.zeros((self.cycles, batch, 2**i, self.width), dtype) for i in range(self.layers))
 
     def apply(
-        self, params: Params, x: jax.Array, state: tuple[jax.Array, ...], axis: str | None, rest: jax.Array | None = None
+        self,
+        params: Params,
+        x: jax.Array,
+        state: tuple[jax.Array, ...],
+        axis: str | None,
+        rest: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """x [batch, time, width], of at least `longest` samples -> (the sum of the skips, or x; the state)."""
 
@@ -92,7 +97,7 @@ class Dilated:
 
         total = jnp.zeros((*x.shape[:2], self.skip), x.dtype) if self.skip else None
         (x, total), state = jax.lax.scan(cycle, (x, total), (params, state, rest))
-        return (total if self.skip else x), state
+        return (x if total is None else total), state
 
     def step(
         self, params: Params, x: jax.Array, state: Any, position: jax.Array, rest: jax.Array | None = None

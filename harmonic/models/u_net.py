@@ -288,8 +288,8 @@ class UNet(base.Model):
         """As `base.Model.costs`; operations are counted in the traced program."""
         config, params = self.config, jax.eval_shape(self.init, jax.random.key(0))
         rates = [1 / math.prod(config.pool_factors[:level]) for level in range(len(config.level_widths))]
-        read = count(params["head"]) + config.width
-        kept, in_a_block, exchanges = config.width, 0.0, []
+        read, kept, in_a_block = float(count(params["head"]) + config.width), float(config.width), 0.0
+        exchanges: list[Exchange] = []
         for name, (level, layers, blocks) in self.stacks.items():
             rate, width = rates[level], config.level_widths[level]
             read += rate * count(params[name])

@@ -12,7 +12,8 @@ from harmonic.models import config
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(config.ModelConfig):
-    """Sizes of a causal Transformer over latents that a strided CNN makes of raw audio. Defaults match SaShiMi (4.05 M).
+    """Sizes of a causal Transformer over latents that a strided CNN makes of raw audio. Defaults match SaShiMi (4.05
+    M).
 
     Attributes:
       kind: latent_transformer.
@@ -76,6 +77,9 @@ class ModelConfig(config.ModelConfig):
         """Latents that a latent attends to, itself among them."""
         return self.context // self.multiple
 
+
+# Matched to HarmonicRNN, with a context of a whole minute.
+LARGE = ModelConfig(width=96, front_widths=(128, 176, 224), latent_width=256, heads=8, context=960_512)
 
 REDUCED = config.Reduced(
     ModelConfig(

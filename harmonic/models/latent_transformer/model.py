@@ -1,25 +1,27 @@
-"""A causal Transformer over continuous latents that a strided CNN learns from raw audio (after Verma, arXiv 2206.08297).
+"""A causal Transformer over continuous latents that a strided CNN learns from raw audio (after Verma, arXiv
+2206.08297).
 
     model = make(ModelConfig())                      # 4.05 M parameters, a context of 524,288 samples
     model = make(ModelConfig(context=16_384))        # the same weights, less past
 
-Known of that paper are its abstract and summaries: a CNN front-end learns latents end to end, a Transformer models their
-context over more than 500,000 samples, and each next sample is predicted; no code was published, and stride, depth and
-tables could not be read. What is built here is this project's reading of it, in a form whose likelihood is exact:
+Known of that paper are its abstract and summaries: a CNN front-end learns latents end to end, a Transformer models
+their context over more than 500,000 samples, and each next sample is predicted; no code was published, and stride,
+depth and tables could not be read. What is built here is this project's reading of it, in a form whose likelihood is
+exact:
 
     e_t = table(x_{t-1})
     front-end: convolutions whose strides are their lengths; patch k is complete when e_{kP} ... e_{kP+P-1} are seen
-    latents: D pre-norm layers of attention (rotary positions, 2104.09864) and SwiGLU (2002.05202), each latent attending
-      to the `window` newest ones
+    latents: D pre-norm layers of attention (rotary positions, 2104.09864) and SwiGLU (2002.05202), each latent
+      attending to the `window` newest ones
     way up: transposed convolutions, P vectors a latent, used from its last sample on: sample t sees the latents of the
       patches that are complete, and what it knows of the newest, incomplete one through the local layers
     local: gated dilated convolutions (WaveNet's) over e_t + up_t, with a receptive field beyond a patch
     head: relu, dense, relu, dense
 
-One pass predicts every sample from all that is before it; the paper predicts one sample from one window. `next_sample` is
-that, for comparison. Attention runs once over all latents of a sequence, which are few; the convolutions before and
-behind it run over segments. Over sequence shards keys and values are gathered: a shard sends in proportion to its
-latents.
+One pass predicts every sample from all that is before it; the paper predicts one sample from one window.
+`next_sample` is that, for comparison. Attention runs once over all latents of a sequence, which are few; the
+convolutions before and behind it run over segments. Over sequence shards keys and values are gathered: a shard sends
+in proportion to its latents.
 """
 
 from __future__ import annotations
@@ -50,12 +52,12 @@ class Past(NamedTuple):
 
     Attributes:
       keys, values: [depth, batch, window, latent_width], the newest last; keys before their rotation.
-      count: int32, how many of them there are.
+      filled: int32, how many of them there are.
     """
 
     keys: jax.Array
     values: jax.Array
-    count: jax.Array
+    filled: jax.Array
 
 
 class State(NamedTuple):
@@ -190,7 +192,7 @@ class LatentTransformer(base.Model):
         segments, batch, n, width = x.shape
         shards, shard = (jax.lax.axis_size(axis), jax.lax.axis_index(axis)) if axis else (1, 0)
         window, total = self.config.window, segments * shards * n
-        first_valid = window - past.count
+        first_valid = window - past.filled
         starts = (jnp.arange(segments, dtype=jnp.int32) * shards + shard) * n
 
         def everywhere(v: jax.Array) -> jax.Array:
@@ -210,7 +212,7 @@ class LatentTransformer(base.Model):
             return x, (k[:, -window:], v[:, -window:])
 
         x, (keys, values) = jax.lax.scan(layer, x, (weights["layers"], past.keys, past.values))
-        return x, Past(keys, values, jnp.minimum(past.count + total, window))
+        return x, Past(keys, values, jnp.minimum(past.filled + total, window))
 
     def _attend(
         self, q: jax.Array, keys: jax.Array, values: jax.Array, starts: jax.Array, first_valid: jax.Array
@@ -272,7 +274,7 @@ class LatentTransformer(base.Model):
         rng: Dropout | None = None,
         axis: str | None = None,
     ) -> jax.Array:
-        """As `base.Model.nats`: the front-end over segments, attention once over all, the local layers over segments."""
+        """As `base.Model.nats`: segments of samples become latents, attention runs over all, then segments again."""
         tokens = inputs["tokens"]
         segments, batch, local, _ = tokens.shape
         shards, shard = (jax.lax.axis_size(axis), jax.lax.axis_index(axis)) if axis else (1, 0)
@@ -310,7 +312,7 @@ class LatentTransformer(base.Model):
         due = jax.lax.dynamic_index_in_dim(state.pending, jnp.minimum(position, late - 1), 1, keepdims=False)
 
         def turn(_: Any, carry: Any) -> Any:
-            _, pending, past = carry
+            _, _, past = carry
             tokens = jnp.concatenate([state.collected, state.last], axis=1)
             latent = self._front(weights, jnp.take(weights["embedding"], tokens, axis=0))
             latent, past = self._transform(weights, latent[None], past, None)

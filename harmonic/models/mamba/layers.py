@@ -96,8 +96,10 @@ class Mamba(Layer):
         before, recent = left_halo(u[:, 1 - taps :], state.recent, axis)
         past = jnp.concatenate([before, u], axis=1)
         kernel = weights["conv"]["kernel"]
-        v = sum(past[:, tap : tap + time] * beside(kernel[tap], u) for tap in range(taps))
-        u = jax.nn.silu(v + beside(weights["conv"]["bias"], v))
+        v = beside(weights["conv"]["bias"], u)
+        for tap in range(taps):
+            v = v + past[:, tap : tap + time] * beside(kernel[tap], u)
+        u = jax.nn.silu(v)
         if self.selective:
             y, hidden = selective.selective_scan(self._select(weights, u), weights["a"], state.hidden, axis=axis)
         else:

@@ -3,7 +3,8 @@
     model = make(ModelConfig())            # on YouTubeMix, 3,557,248 parameters
 
 SaShiMi's U-Net with a Mamba block in the place of each pair of S4 and MLP. The authors' code for audio was never
-published; the block is that of github state-spaces/mamba, with its defaults. Where a paper leaves something open this is
+published; the block is that of github state-spaces/mamba, with its defaults. Where a paper leaves something open this
+is
 what the project takes: the complex A of their experiment on YouTubeMix has half as many modes, B and C are complex too,
 and y is twice the real part, as in their `selective_scan`; "Mamba-S4" (`selective` false) has S4D, by zero-order hold,
 with 32 modes a channel. The paper prints 6.1M parameters for SC09 where this counts 6,255,104.

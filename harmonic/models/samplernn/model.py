@@ -2,10 +2,11 @@
 
     model = make(ModelConfig())            # three tiers, 35,034,624 parameters
 
-A tier reads frames of samples that are over, conditioned on the tier above, through gated recurrent units, and gives each
-frame of the tier below a vector; the lowest one gives each sample a vector, which a small network over the last samples
-takes. Architecture as in github state-spaces/s4 (src/models/baselines/samplernn.py). The published runs cut the gradient
-every 1,024 samples; here it is exact through the window, or through its segments. A recurrence that is not linear runs in
+A tier reads frames of samples that are over, conditioned on the tier above, through gated recurrent units, and gives
+each frame of the tier below a vector; the lowest one gives each sample a vector, which a small network over the last
+samples takes. Architecture as in github state-spaces/s4 (src/models/baselines/samplernn.py). The published runs cut
+the gradient every 1,024 samples; here it is exact through the window, or through its segments. A recurrence that is
+not linear runs in
 order: a sequence cannot be cut over devices.
 """
 
@@ -17,7 +18,6 @@ import jax
 import jax.numpy as jnp
 
 from harmonic.errors import check
-
 from harmonic.models import base
 from harmonic.models.base import Inputs, Params
 from harmonic.models.costs import Costs, count, operations
@@ -114,7 +114,8 @@ class SampleRNN(base.Model):
         batch, time = tokens.shape
         check(time > 0 and time % self.multiple == 0, "a segment", time, f"a multiple of {self.multiple} samples")
         past = jnp.concatenate([state.recent, tokens], axis=1)
-        above, hidden, spread = None, [], []
+        above: jax.Array | None = None
+        hidden, spread = [], []
         for tier, (size, ratio) in enumerate(zip(self.config.frame_sizes, self.ratios, strict=True)):
             own = weights[f"tier_{tier}"]
             frames = past[:, self.multiple - size : -size].reshape(batch, -1, size)
@@ -128,14 +129,17 @@ class SampleRNN(base.Model):
             above = made.reshape(batch, -1, self.config.width)
         lowest = self.config.frames[0]
         recent = past[:, self.multiple - lowest : -1]
-        x = sum(jnp.take(weights["tables"][lag], recent[:, lag : lag + time], axis=0) for lag in range(lowest))
-        logits = self._logits(weights, x + above)
+        assert above is not None
+        for lag in range(lowest):
+            above = above + jnp.take(weights["tables"][lag], recent[:, lag : lag + time], axis=0)
+        logits = self._logits(weights, above)
         after = State(state.position, past[:, -self.multiple :], tuple(hidden), tuple(spread))
         return logits[:, :, None], after
 
     def step(self, weights: Any, inputs: Inputs, state: State) -> tuple[jax.Array, State]:
         """The logits of the next sample, [batch, 1, 1, num_levels], and the state; as `base.Model.step`."""
-        hidden, spread, above = list(state.hidden), list(state.spread), None
+        hidden, spread = list(state.hidden), list(state.spread)
+        above: jax.Array | None = None
         for tier, size in enumerate(self.config.frame_sizes):
             own, recent, given = weights[f"tier_{tier}"], state.recent[:, -size:], above
 
@@ -152,9 +156,11 @@ class SampleRNN(base.Model):
             place = (state.position // (size // ratio)) % ratio
             above = jax.lax.dynamic_index_in_dim(spread[tier], place, 1, keepdims=False)
         lowest = self.config.frames[0]
-        x = sum(weights["tables"][lag][state.recent[:, lag - lowest]] for lag in range(lowest))
+        assert above is not None
+        for lag in range(lowest):
+            above = above + weights["tables"][lag][state.recent[:, lag - lowest]]
         position = (state.position + 1) % self.multiple
-        logits = self._logits(weights, x + above)
+        logits = self._logits(weights, above)
         return logits[:, None, None], State(position, state.recent, tuple(hidden), tuple(spread))
 
     def observe(self, state: State, tokens: jax.Array) -> State:

@@ -46,7 +46,9 @@ class ModelConfig(UNetConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.state_width >= 2 and self.state_width % 2 == 0, "model.state_width", self.state_width, "even, from 2")
+        check(
+            self.state_width >= 2 and self.state_width % 2 == 0, "model.state_width", self.state_width, "even, from 2"
+        )
         check(self.ff >= 1, "model.ff", self.ff, "at least 1")
         check(0 < self.min_dt <= self.max_dt, "model.min_dt", self.min_dt, f"above 0 and at most max_dt={self.max_dt}")
 

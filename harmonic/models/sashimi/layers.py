@@ -1,4 +1,5 @@
-"""SaShiMi's residual layers: S4 and the MLP behind it (arXiv 2202.09729, section 4; S4, 2111.00396; S4D, 2206.11893)."""
+"""SaShiMi's residual layers: S4 and the MLP behind it (arXiv 2202.09729, section 4; S4, 2111.00396; S4D,
+2206.11893)."""
 
 from __future__ import annotations
 
@@ -65,9 +66,7 @@ class S4(Layer):
         constants = {"A_re": np.log(-lam.real), "A_im": lam.imag, "B_re": b.real, "B_im": b.imag, **more}
         shared = {n: jnp.tile(jnp.asarray(v, jnp.float32)[None], (copies, 1)) for n, v in constants.items()}
         c = jax.random.normal(keys[0], (2, width, modes)) * math.sqrt(0.5)
-        log_dt = jax.random.uniform(
-            keys[1], (width,), minval=math.log(config.min_dt), maxval=math.log(config.max_dt)
-        )
+        log_dt = jax.random.uniform(keys[1], (width,), minval=math.log(config.min_dt), maxval=math.log(config.max_dt))
         return {
             "norm": _init_norm(),
             **shared,

@@ -4,9 +4,9 @@
     model = make(MUSIC)                    # the paper's model for music, 4,059,360
 
 Architecture and initial values are those of github state-spaces/s4; the state space layers are computed in chunks
-(`kernels.state_space`) instead of by FFT, so that a segment starts from any state, training goes through sequences of any
-length exactly, and `step` is the same function. C is the matrix that reads the state; the authors learn C (I - A^L)
-for one length L instead, which differs by what is left of the state after L samples (`released` converts).
+(`kernels.state_space`) instead of by FFT, so that a segment starts from any state, training goes through sequences of
+any length exactly, and `step` is the same function. C is the matrix that reads the state; the authors learn C (I -
+A^L) for one length L instead, which differs by what is left of the state after L samples (`released` converts).
 """
 
 from __future__ import annotations
