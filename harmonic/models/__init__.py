@@ -5,7 +5,8 @@
     outputs, state = model.apply(model.prepare(params), {"tokens": tokens}, model.init_state(batch))
 
 A kind is a folder here with `config.py`, whose `ModelConfig` derives from `models.config.ModelConfig`, and `model.py`,
-whose `make(config, num_levels, channels)` returns the model; `plain.py` may hold the same function in the obvious way,
+whose `make(config, num_levels, channels)` returns the model. `config.py` may hold `REDUCED`, the kind's model for two
+CPU cores; `plain.py` may hold the same function in the obvious way,
 for tests and benchmarks. The folder's name is the kind: nothing else lists it.
 Importing this package loads no JAX.
 """
@@ -89,9 +90,9 @@ def plain_variants(config: ModelConfig) -> tuple[str, ...]:
     return importlib.import_module(f"harmonic.models.{config.kind}.plain").VARIANTS
 
 
-def reduced() -> Reduced:
-    """The model for two CPU cores that a new config begins with."""
-    return importlib.import_module(f"harmonic.models.{DEFAULT_KIND}.config").REDUCED
+def reduced(kind: str = DEFAULT_KIND) -> Reduced:
+    """A kind's model for two CPU cores; of the default kind it is what a new config begins with."""
+    return importlib.import_module(f"harmonic.models.{kind}.config").REDUCED
 
 
 def about(kind: str) -> About:

@@ -83,16 +83,16 @@ LARGE = ModelConfig(width=96, front_widths=(128, 176, 224), latent_width=256, he
 
 REDUCED = config.Reduced(
     ModelConfig(
-        width=24,
+        width=16,
         strides=(4, 4, 4),
-        front_widths=(32, 48),
+        front_widths=(20, 28),
         latent_width=64,
         depth=2,
         heads=4,
         context=65_536,
-        local_cycles=2,
+        local_cycles=1,
         local_layers=7,
-        skip_width=96,
+        skip_width=64,
     ),
     trained_per_minute=1_500_000,
 )

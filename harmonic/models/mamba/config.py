@@ -69,7 +69,7 @@ class ModelConfig(UNetConfig):
 
 
 REDUCED = config.Reduced(
-    ModelConfig(width=24, pool_factors=(4, 4), blocks_per_level=(1, 2, 2)), trained_per_minute=1_500_000
+    ModelConfig(width=18, pool_factors=(4, 4), blocks_per_level=(1, 2, 2)), trained_per_minute=1_500_000
 )
 
 SMALL = ModelConfig(width=4, pool_factors=(3,), blocks_per_level=(2, 1), state_width=4, fixed_state_width=4, conv=3)

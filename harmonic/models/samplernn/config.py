@@ -51,7 +51,7 @@ class ModelConfig(config.ModelConfig):
         return math.prod(self.frames)
 
 
-REDUCED = config.Reduced(ModelConfig(frames=(8, 2, 2), width=72, embedding_width=32), trained_per_minute=1_500_000)
+REDUCED = config.Reduced(ModelConfig(width=64, embedding_width=24), trained_per_minute=1_500_000)
 
 SMALL = ModelConfig(frames=(3, 2), width=4, embedding_width=3)
 VARIANTS = {"two_layers": dataclasses.replace(SMALL, frames=(2, 2, 2), rnn_layers=2)}

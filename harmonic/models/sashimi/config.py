@@ -57,7 +57,7 @@ class ModelConfig(UNetConfig):
 MUSIC = ModelConfig(unet=False, glu=False, tied=True, pool_weight_norm=True)
 
 REDUCED = config.Reduced(
-    ModelConfig(width=24, blocks_per_level=(1, 2, 2), state_width=32, ssm="s4d"), trained_per_minute=1_500_000
+    ModelConfig(width=18, blocks_per_level=(1, 2, 2), state_width=32, ssm="s4d"), trained_per_minute=1_500_000
 )
 
 SMALL = ModelConfig(width=4, state_width=8, pool_factors=(3,), blocks_per_level=(2, 1))

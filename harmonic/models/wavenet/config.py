@@ -52,7 +52,7 @@ class ModelConfig(config.ModelConfig):
 
 
 REDUCED = config.Reduced(
-    ModelConfig(embedding_width=32, width=24, skip_width=96, end_width=64, cycles=3, layers=9),
+    ModelConfig(embedding_width=32, width=18, skip_width=64, end_width=64, cycles=3, layers=9),
     trained_per_minute=1_500_000,
 )
 
