@@ -4,10 +4,10 @@
       --source=beethoven=beethoven.zip --source=youtubemix=youtube_mix.zip       # an hour and a half on two CPU cores
     python -m workflows.ablate --study=models --size=paper                       # each peer with its own paper's recipe
 
-At the small size all models have about 168,000 parameters, a softmax over the levels, the same windows in the same order
-and one recipe, which was tuned for none of them; of YouTubeMix the first 20 seconds of each recording are taken. Whole
-recordings are evaluated with the state carried, and windows of a second each with no past.
-At the paper's size every model has the config of its own paper, so tokens and parameters differ; nothing has been run.
+At the small size all models have about 168,000 parameters, a softmax over the levels, the same windows in the same
+order and one recipe, which was tuned for none of them; of YouTubeMix the first 20 seconds of each recording are
+taken. Whole recordings are evaluated with the state carried, and windows of a second each with no past. At the
+paper's size every model has the config of its own paper, so tokens and parameters differ; nothing has been run.
 """
 
 from __future__ import annotations
