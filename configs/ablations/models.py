@@ -36,6 +36,7 @@ from harmonic.published import RESULTS
 KINDS = ("harmonic_rnn", "sashimi", "mamba", "latent_transformer", "wavenet", "samplernn")
 _TITLES = {"sc09": "SC09", "beethoven": "Beethoven", "youtubemix": "YouTubeMix"}
 _ENCODINGS = {"sc09": "mu_law", "beethoven": "linear", "youtubemix": "mu_law"}
+_CROPS = {"sc09": 8_000, "beethoven": 0, "youtubemix": 320_000}  # samples of a recording; 0 for all
 _PAPER = (
     *(module.get_config() for module in (sc09, wavenet_sc09, samplernn_sc09, sashimi_sc09, mamba_sc09)),
     *(module.get_config() for module in (beethoven, sashimi_beethoven)),
@@ -59,7 +60,7 @@ def small(dataset: str, model: ModelConfig, name: str) -> Config:
             dataset=dataset,
             encoding=_ENCODINGS[dataset],  # type: ignore[arg-type]
             window_length=1_024,
-            crop_length=320_000 if dataset == "youtubemix" else 0,
+            crop_length=_CROPS[dataset],
         ),
         train=TrainConfig(
             steps=600,
