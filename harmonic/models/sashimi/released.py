@@ -131,10 +131,11 @@ def to_released(params: Params, config: ModelConfig, length: int = 0) -> Tensors
         if part in ("down_pool", "up_pool"):
             layer, up = params[f"{part}_{level}"], part == "up_pool"
             factor, outer, inner = config.pool_factors[level], *config.level_widths[level : level + 2]
-            kernel = layer["kernel"].reshape((inner, factor, outer) if up else (factor, outer, inner)).transpose(2, 1,
-            0) suffix = "weight_v" if config.pool_weight_norm else "weight" found[f"{name}.linear.{suffix}"] =
-            kernel.reshape(factor * outer if up else inner, -1) for ours, theirs, extra in (("bias", "bias", ()),
-            ("gain", "weight_g", (1,))):
+            shape = (inner, factor, outer) if up else (factor, outer, inner)
+            kernel = layer["kernel"].reshape(shape).transpose(2, 1, 0)
+            suffix = "weight_v" if config.pool_weight_norm else "weight"
+            found[f"{name}.linear.{suffix}"] = kernel.reshape(factor * outer if up else inner, -1)
+            for ours, theirs, extra in (("bias", "bias", ()), ("gain", "weight_g", (1,))):
                 if ours in layer:
                     value = layer[ours].reshape(factor, outer).T.reshape(-1) if up else layer[ours]
                     found[f"{name}.linear.{theirs}"] = value.reshape(-1, *extra)
