@@ -14,6 +14,7 @@ import difflib
 import importlib
 import json
 import math
+import re
 import sys
 import types
 import typing
@@ -401,7 +402,8 @@ def _describe(kind: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
     if origin is tuple:
-        return "a list of numbers such as 1,8,60" if args[0] is float else "a list of whole numbers such as 2,4,4,5"
+        examples = {float: "numbers such as 1,8,60", bool: "truth values such as true,false"}
+        return f"a list of {examples.get(args[0], 'whole numbers such as 2,4,4,5')}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     return names[kind]
 
@@ -440,7 +442,7 @@ def _literal(text: str, *, as_text: bool) -> object:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
-        return ast.literal_eval(text)
+        return ast.literal_eval(re.sub(r"\b(true|false)\b", lambda word: word[0].title(), text))
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
 

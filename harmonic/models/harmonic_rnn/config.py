@@ -23,6 +23,9 @@ class ModelConfig(config.ModelConfig):
         one number for all, or one a level, from the outermost to the innermost.
       pool_groups: feature groups of the pooling convolutions: `width` is diagonal, 1 is dense.
       gate_blocks: blocks of the block-diagonal gates.
+      gated: whether the recurrences of a level have gates; one for all levels, or one a level, from the outermost to
+        the innermost. Without, their gates are held open (i = r = 1), and the recurrence does not depend on its input; the
+        gates' parameters stay in place, unused.
       embedding: how tokens enter: sinusoidal (fixed), linear (scaled to [-1, 1) and projected) or learned (a table).
       head: what is predicted of a sample: categorical (a logit for each level, as in the paper), or logistic (a mixture
         of logistic distributions around the sample before it: fewer outputs, and neighbours among levels are near).
@@ -54,6 +57,7 @@ class ModelConfig(config.ModelConfig):
     blocks_per_level: int | tuple[int, ...] = 4
     pool_groups: int = 128
     gate_blocks: int = 32
+    gated: bool | tuple[bool, ...] = True
     embedding: Literal["sinusoidal", "linear", "learned"] = "sinusoidal"
     head: Literal["categorical", "logistic"] = "categorical"
     components: int = 4
@@ -81,6 +85,9 @@ class ModelConfig(config.ModelConfig):
         check(min(self.level_blocks) >= 1, "model.blocks_per_level", blocks, "at least 1")
         groups = self.pool_groups
         check(groups >= 1 and w % groups == 0, "model.pool_groups", groups, f"a divisor of model.width={w}")
+        gated = self.gated
+        allowed = f"true, false, or {levels} of these (one for each level)"
+        check(isinstance(gated, bool) or len(gated) == levels, "model.gated", gated, allowed)
         gates = self.gate_blocks
         check(gates >= 1 and (s // 2) % gates == 0, "model.gate_blocks", gates, f"a divisor of state_width/2={s // 2}")
         for name in ("dropout", "embedding_dropout"):
@@ -109,6 +116,12 @@ class ModelConfig(config.ModelConfig):
         return tuple(zip(*((r,) * levels if isinstance(r, float) else r for r in ranges), strict=True))
 
     @property
+    def level_gated(self) -> tuple[bool, ...]:
+        """`gated`, one a level."""
+        gated = self.gated
+        return (gated,) * (len(self.pool_factors) + 1) if isinstance(gated, bool) else gated
+
+    @property
     def level_blocks(self) -> tuple[int, ...]:
         """`blocks_per_level`, one number a level."""
         blocks = self.blocks_per_level
@@ -129,8 +142,10 @@ class ModelConfig(config.ModelConfig):
         return self.activations
 
     def architecture(self) -> dict[str, Any]:
-        """As `ModelConfig.architecture`, `blocks_per_level` one number a level."""
-        return {**super().architecture(), "blocks_per_level": list(self.level_blocks)}
+        """As `ModelConfig.architecture`; `blocks_per_level` one number a level, `gated` where some level is not."""
+        fields = {**super().architecture(), "blocks_per_level": list(self.level_blocks)}
+        fields.pop("gated")
+        return fields if all(self.level_gated) else {**fields, "gated": list(self.level_gated)}
 
 
 REDUCED = config.Reduced(
@@ -148,7 +163,10 @@ REDUCED = config.Reduced(
     trained_per_minute=6_000_000,
 )
 
-# For the tests of the laws: every part of the model, in seconds.
+# For the tests of the laws: every part of the model, in seconds; and what is off by default.
 SMALL = ModelConfig(
     width=8, state_width=16, gate_blocks=4, pool_factors=(2, 3), blocks_per_level=1, pool_groups=2, dropout=0.2
 )
+VARIANTS = {
+    "ungated": dataclasses.replace(SMALL, gated=(False, True, False), max_angle=2.0, head="logistic"),
+}

@@ -35,6 +35,8 @@ from harmonic.models.harmonic_rnn import fused, layers
 from harmonic.models.harmonic_rnn.config import ModelConfig
 from harmonic.models.harmonic_rnn.costs import costs
 
+_OPEN = 40.0  # its sigmoid is 1
+
 
 class State(NamedTuple):
     """All that is kept of the past; the same for segments and for single samples.
@@ -100,6 +102,7 @@ class Stack(NamedTuple):
       scale: residual scale of their initial values.
       ranges: of their initial recurrences.
       stride: samples to a step.
+      gated: whether their recurrences have gates.
     """
 
     first: int
@@ -107,6 +110,7 @@ class Stack(NamedTuple):
     scale: float
     ranges: layers.Ranges
     stride: int
+    gated: bool
 
 
 class HarmonicRNN(base.Model):
@@ -140,7 +144,8 @@ class HarmonicRNN(base.Model):
         ranges = [(low**2, high**2, angle * math.pi) for low, high, angle in config.level_ranges]
         first, self.stacks = 0, dict[str, Stack]()
         for name, level in [*down, ("inner", len(factors)), *up]:
-            self.stacks[name] = Stack(first, blocks[level], scales[level], ranges[level], math.prod(factors[:level]))
+            stride, gated = math.prod(factors[:level]), config.level_gated[level]
+            self.stacks[name] = Stack(first, blocks[level], scales[level], ranges[level], stride, gated)
             first += blocks[level]
         self.num_blocks = first
         self.block = _Part(lambda rngs, ranges=ranges[0]: layers.Block(config, 1.0, ranges, rngs=rngs))
@@ -169,8 +174,24 @@ class HarmonicRNN(base.Model):
             pools={
                 name: fused.fuse_pool(part.bind(params[name]), up="up" in name) for name, part in self.pools.items()
             },
-            blocks=jax.vmap(lambda block: fused.fuse_block(self.block.bind(block)))(params["blocks"]),
+            blocks=jax.vmap(lambda block: fused.fuse_block(self.block.bind(block)))(self.open_gates(params["blocks"])),
         )
+
+    def open_gates(self, blocks: Params) -> Params:
+        """The blocks' parameters, with constants for those of gates that are held open."""
+        flags = [stack.gated for stack in self.stacks.values() for _ in range(stack.blocks)]
+        if all(flags):
+            return blocks
+
+        def held(path: Any, leaf: jax.Array) -> jax.Array:
+            names = [getattr(key, "key", None) for key in path]
+            if not {"input_gate", "recurrence_gate"} & set(names):
+                return leaf
+            constant = _OPEN if names[-1] == "bias" else 0.0
+            gated = jnp.array(flags).reshape(-1, *(1,) * (leaf.ndim - 1))
+            return jnp.where(gated, leaf, jnp.full_like(leaf, constant))
+
+        return jax.tree_util.tree_map_with_path(held, blocks)
 
     def init_state(self, batch: int, dtype: jnp.dtype = jnp.float32) -> State:
         """The state before a recording: no past, and the middle token (128 of 256) for the newest."""

@@ -41,8 +41,8 @@ class PlainModel(HarmonicRNN):
         return *super()._key(), self.variant
 
     def prepare(self, params: Params) -> Any:
-        """The parameters as they are."""
-        return params
+        """The parameters as they are, but for gates that are held open."""
+        return {**params, "blocks": self.open_gates(params["blocks"])}
 
     def apply(
         self, weights: Any, inputs: Inputs, state: State, *, rng: Dropout | None = None, axis: str | None = None

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from harmonic.errors import UserError
-from harmonic.kernels import state_space
 from harmonic.models.base import Params
 from harmonic.models.sashimi.config import ModelConfig
 from harmonic.models.sashimi.layers import S4
@@ -79,7 +77,7 @@ def from_released(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> Par
         shape = (outer, factor, inner) if up else (inner, outer, factor)  # there the features are the outer axis
         suffix = "weight_v" if config.pool_weight_norm else "weight"
         kernel = take(f"{name}.linear.{suffix}", *shape)
-        kernel = kernel.transpose(2, 1, 0) if up else kernel.transpose(2, 1, 0)
+        kernel = kernel.transpose(2, 1, 0)
         rows = inner if up else factor * outer
 
         def features(value: np.ndarray) -> np.ndarray:
@@ -151,7 +149,7 @@ def to_released(params: Params, config: ModelConfig, length: int = 0) -> Tensors
         kernel, width = f"{name}.layer.layer.kernel", config.level_widths[level]
         if config.ssm == "s4":
             steps = length // math.prod(config.pool_factors[:level])
-            found[f"{kernel}.l_kernel"] = np.int64(steps)
+            found[f"{kernel}.l_kernel"] = np.asarray(steps)
             if steps:
                 own |= _read_out(own, config, width, steps, solve=False)
         found[f"{kernel}.A_real"], found[f"{kernel}.A_imag"] = own["A_re"], -own["A_im"]
