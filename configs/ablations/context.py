@@ -4,9 +4,9 @@
     python -m workflows.ablate --study=context --size=paper --source=youtube_mix.zip
 
 Every run is evaluated on whole recordings, and on pieces of 1/16, 1/4, 1, 4 and 16 seconds (at the paper's size up to
-a minute), each with no past: its report shows the curve of one set of weights. All runs see as many samples. Mamba's paper
-(arXiv 2312.00752, figure 7) has this curve for Mamba and S4, without numbers; the claim of arXiv 2206.08297 is that
-context of half a million samples is worth having. At the paper's size nothing has been run.
+a minute), each with no past: its report shows the curve of one set of weights. All runs see as many samples. Mamba's
+paper (arXiv 2312.00752, figure 7) has this curve for Mamba and S4, without numbers; the claim of arXiv 2206.08297 is
+that a context of half a million samples is worth having. At the paper's size nothing has been run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def get_study(size: str) -> Study:
     runs = []
     for kind in _KINDS:
         for length in _LENGTHS[size]:
-            config = _PAPER[kind].get_config() if size == "paper" else small("youtubemix", reduced()[kind], "")
+            config = _PAPER[kind].get_config() if size == "paper" else small("youtubemix", reduced()[kind], "reduced")
             config = _with_windows(config, length, _SECONDS[size])
             name = f"{kind}_{length}"
             title = f"{models.about(kind).name}: windows of {length / 16_000:.2g} s"

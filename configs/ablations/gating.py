@@ -48,4 +48,4 @@ def get_study(size: str) -> Study:
 
 
 def _small(dataset: str) -> Config:
-    return small(dataset, reduced()[models.DEFAULT_KIND], "")
+    return small(dataset, reduced()[models.DEFAULT_KIND], "reduced")

@@ -24,8 +24,8 @@ class ModelConfig(config.ModelConfig):
       pool_groups: feature groups of the pooling convolutions: `width` is diagonal, 1 is dense.
       gate_blocks: blocks of the block-diagonal gates.
       gated: whether the recurrences of a level have gates; one for all levels, or one a level, from the outermost to
-        the innermost. Without, their gates are held open (i = r = 1), and the recurrence does not depend on its input; the
-        gates' parameters stay in place, unused.
+        the innermost. Without, their gates are held open (i = r = 1), and the recurrence does not depend on its input;
+        the gates' parameters stay in place, unused.
       embedding: how tokens enter: sinusoidal (fixed), linear (scaled to [-1, 1) and projected) or learned (a table).
       head: what is predicted of a sample: categorical (a logit for each level, as in the paper), or logistic (a mixture
         of logistic distributions around the sample before it: fewer outputs, and neighbours among levels are near).
