@@ -16,7 +16,6 @@ from harmonic.models.latent_transformer.config import ModelConfig as Latent
 from harmonic.models.mamba.config import ModelConfig as Mamba
 from harmonic.models.samplernn.config import ModelConfig as SampleRNN
 from harmonic.models.sashimi.config import MUSIC, VARIANTS
-from harmonic.models.sashimi.config import SMALL as SASHIMI
 from harmonic.models.sashimi.config import ModelConfig as SaShiMi
 from harmonic.models.sashimi.released import from_released, to_released
 from harmonic.models.wavenet.config import ModelConfig as WaveNet
@@ -82,11 +81,10 @@ def test_reduced_models_are_equally_large():
     assert all(abs(size - 168_000) < 0.04 * 168_000 for size in sizes.values()), sizes
 
 
-@pytest.mark.parametrize("name", [None, *VARIANTS])
-@pytest.mark.parametrize("length", [0, 240])
+@pytest.mark.parametrize(("name", "length"), [("two_pools", 240), ("music", 240), ("s4d", 0), ("speech", 0)])
 def test_weights_keep_their_values_under_their_released_names(name, length):
-    config = VARIANTS[name] if name else SASHIMI
-    params = models.make(config).init(jax.random.key(0))
+    config = VARIANTS[name]
+    params = jax.jit(models.make(config).init)(jax.random.key(0))
     tensors = to_released(params, config, length)
     again = from_released(tensors, config)
     for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(params), strict=True):
