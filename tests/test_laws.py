@@ -2,8 +2,8 @@
 
 A kind's config.py may hold `SMALL`, a config for these tests (without it they take `ModelConfig()`), and `VARIANTS`,
 others by name. Every kind passes each law in its first case here, the default kind in six. The other cases, and the
-variants, are slow: `python -m pytest -m laws tests/test_laws.py -k sashimi` runs all of a kind. Laws 5 and 8 are those of
-a run's folder and of a data set, which know nothing of models: test_train, test_kills, test_export.
+variants, are slow: `python -m pytest -m laws tests/test_laws.py -k sashimi` runs all of a kind. Laws 5 and 8 are those
+of a run's folder and of a data set, which know nothing of models: test_train, test_kills, test_export.
 """
 
 import collections
