@@ -20,7 +20,7 @@ from harmonic.likeness.clips import Excerpt
 from harmonic.likeness.streams import Plan, generate_pieces, slices
 from harmonic.voice import Codec
 
-STREAMS, TIMES = 4, 4  # at most, and the length of each over that of a clip
+STREAMS, TIMES = 32, 4  # at most, and the length of each over that of a clip
 _LOUDER_DB, _MORE_BITS = 3.0, 0.5  # above what the recordings' stretches reach
 _SILENT_DB = 30.0  # below the recordings' level
 _LASTING = 2  # stretches at a stream's end that have to be so
@@ -65,7 +65,7 @@ def measure_longer(
     *,
     show_progress: bool = True,
 ) -> dict[str, Any]:
-    """Generates half as many streams as clips, at most four, of four times their length, and compares their stretches
+    """Generates half as many streams as clips, at most 32, of four times their length, and compares their stretches
     with those of recordings.
 
     Returns:
