@@ -131,7 +131,15 @@ def make_run(folder: Path, name: str = "sc09", label: str = "seven") -> Path:
     drift = [{"start": n, "stop": n + 1, "generated": 3 - 0.1 * n, "held_out": 3 + 0.1 * n} for n in range(4)]
     made_from = {"step": 300, "split": "test", "clips": 16, "clip_seconds": 4.0, "temperature": 0.9, "top_p": 1.0}
     notes = [f"A note of {label}."]
-    sounds = {"rows": every, "share": 0.25, "drift": drift, "notes": notes, "choice": choice}
+    stretches = [{"start": n, "stop": n + 1, "level_db": -14.5 + n, "bits_per_sample": 2 + n / 8} for n in range(16)]
+    longer = {
+        "streams": 4,
+        "seconds": 16.0,
+        "verdict": "2 of 4 streams run away, the first after 6 s",
+        "rows": stretches,
+    }
+    longer |= {"most": {"level_db": -9.5, "bits_per_sample": 3.25}, "away": 0.5}
+    sounds = {"rows": every, "share": 0.25, "drift": drift, "longer": longer, "notes": notes, "choice": choice}
     write(folder / "sound.json", {**made_from, **sounds})
 
     (folder / "nearest").mkdir()

@@ -24,6 +24,7 @@ from harmonic.likeness import choose as choosing
 from harmonic.likeness import measure
 from harmonic.likeness.clips import draws, excerpts, noise_of
 from harmonic.likeness.hearing import FEATURES, Heard, Moments
+from harmonic.likeness.longer import Stretches, judge
 from harmonic.models import make
 from harmonic.perceptual.metrics import frechet
 from harmonic.run import Run
@@ -287,6 +288,73 @@ def test_generated_clips_are_scored_as_recordings_are(tiny_data):
     assert whole.level == pytest.approx(made.heard.level, abs=1e-4)
 
 
+CALM = Stretches(np.array([[-20.0, -15.0], [-60.0, np.nan]]), np.array([[2.0, 3.0], [1.0, np.nan]]))
+
+
+def stretches(*streams):
+    """Of streams that are each a list of (level, bits)."""
+    return Stretches(*np.moveaxis(np.array(streams, float), -1, 0))
+
+
+STEADY, LOUD, LOST, SILENT = (-15, 3), (-11, 3), (-15, 3.6), (-61, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("streams", "verdict", "after"),
+    [
+        ([[STEADY] * 4, [SILENT, LOUD, LOST, STEADY]], "steady", None),
+        ([[STEADY] * 4, [STEADY, STEADY, STEADY, LOUD]], "steady", None),  # a single loud stretch
+        ([[LOUD, STEADY, LOUD, LOST], [STEADY] * 4], "1 of 2 streams run away, the first after 4 s", 4.0),
+        ([[STEADY, LOST, LOST, LOST], [LOUD] * 4], "2 of 2 streams run away, the first after 0 s", 0.0),
+        ([[STEADY, STEADY, SILENT, SILENT], [STEADY] * 4], "1 of 2 streams fall silent, the first after 4 s", 4.0),
+        (
+            [[STEADY, SILENT, SILENT, SILENT], [STEADY, STEADY, LOST, LOST]],
+            "1 of 2 streams run away, the first after 4 s; 1 of 2 streams fall silent, the first after 2 s",
+            2.0,
+        ),
+    ],
+)
+def test_streams_are_judged_by_what_recordings_reach(streams, verdict, after):
+    found = judge(stretches(*streams), CALM, np.arange(4) * 2.0, 8.0)
+    assert (found["verdict"], found["after"]) == (verdict, after)
+    assert found["most"] == {"level_db": -12, "bits_per_sample": 3.5} and found["seconds"] == 8
+    assert (found["away"] > 0, found["silent"] > 0) == ("away" in verdict, "silent" in verdict)
+
+
+@pytest.fixture(scope="module")
+def clicks(tmp_path_factory):
+    """(a run's folder, its data): nearly silent recordings with loud clicks."""
+    folder = tmp_path_factory.mktemp("clicks")
+    (folder / "clicks").mkdir()
+    for i in range(12):
+        sound = np.random.default_rng(i).normal(size=48_000) * 0.002
+        sound[100::2_000], sound[101::2_000] = 1, -1
+        soundfile.write(folder / "clicks" / f"{i}.wav", sound, 16_000, subtype="PCM_16")
+    prepare(PrepareSpec(dataset="clicks", source=str(folder / "clicks"), output_dir=str(folder)))
+    train(config("data.dataset=clicks", "train.steps=1"), folder / "clicks", folder / "run")
+    return folder / "run", folder / "clicks"
+
+
+def with_head(trained, bias):
+    """A model of a random walk: its head has a bias alone, so that it heeds the sample before and nothing else."""
+    model = make(dataclasses.replace(trained.config.model, head="logistic", components=1))
+    params = jax.tree.map(np.asarray, jax.jit(model.init)(jax.random.key(0)))
+    params["head"]["dense"] = {"kernel": 0 * params["head"]["dense"]["kernel"], "bias": np.array(bias, np.float32)}
+    return dataclasses.replace(
+        trained, model=model, params=params, config=dataclasses.replace(trained.config, model=model.config)
+    )
+
+
+def test_a_model_that_gets_louder_runs_away_and_one_that_stands_still_falls_silent(clicks, monkeypatch):
+    workdir, data = clicks
+    trained = Run(workdir).weights()
+    for walk, verdict in ((-0.5, "run away"), (-12.0, "fall silent")):
+        monkeypatch.setattr(Run, "weights", lambda *_, walk=walk, **__: with_head(trained, [0.0, 0.0, walk]))
+        found = measure.measure_run(workdir, data, clips=5, seconds=0.5, show_progress=False)["longer"]
+        assert f"3 of 3 streams {verdict}, the first after" in found["verdict"], found
+        assert found["streams"] == 3 and found["seconds"] == 2
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, make_dataset):
     """(a run's folder, its data): twelve recordings of three seconds, and a model that has learned little."""
@@ -318,6 +386,10 @@ def test_a_run_is_measured(place, measured):
     assert [row["start"] for row in measured["drift"]] == pytest.approx([0, 0.094, 0.188, 0.281], abs=0.001)
     split = Dataset(data).split("test")
     assert all(0 < row["generated"] < 12 and 0 < row["held_out"] < 12 for row in measured["drift"]), len(split.lengths)
+    longer = measured["longer"]
+    assert (longer["streams"], longer["seconds"], longer["verdict"]) == (3, 1.6, "steady")
+    assert len(longer["rows"]) == 17 and longer["rows"][-1]["stop"] == 1.6
+    assert [row["start"] for row in longer["rows"][:4]] == [row["start"] for row in measured["drift"]]
 
 
 def test_the_same_weights_give_the_same_figures(place, measured):
@@ -357,7 +429,9 @@ def test_too_little_audio_is_said(reference_run, tiny_data, tmp_path, monkeypatc
     shutil.copytree(reference_run, workdir)
     monkeypatch.setattr(measure, "generate_clips", None)
     found = measure.measure_run(workdir, tiny_data, show_progress=False)
-    assert found["share"] is None and found["drift"] == [] and "generated" not in found["rows"]
+    assert (
+        found["share"] is None and found["drift"] == [] and found["longer"] is None and "generated" not in found["rows"]
+    )
     assert "needs 129" in found["notes"][0] and "a clip needs 74 ms" in found["notes"][0]
     run = Run(workdir)
     assert measure.known(run, run.weights(), Dataset(tiny_data), run.config) == found

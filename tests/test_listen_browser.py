@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from browser import Browser
+from browser import Browser, browser
 from listening import Command, Listener, make_export
 
 RATE = 4_000
@@ -260,3 +261,28 @@ def test_a_minute_without_an_interruption(chromium: Browser, command: Command) -
     press(chromium, "play")
     state = wait(chromium, lambda s: s["total"] > 60 * RATE, 200)
     assert state["starved"] == 0 and chromium.problems == []
+
+
+@pytest.mark.slow
+def test_ten_minutes_of_the_model_in_the_box_for_two(tmp_path: Path) -> None:
+    """HARMONIC_LISTEN_MINUTES=10, as it is by default; -s shows the figures."""
+    minutes = float(os.environ.get("HARMONIC_LISTEN_MINUTES", "10"))
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    with browser(tmp_path / "one") as one, browser(tmp_path / "two") as two:
+        started = time.monotonic()
+        with Command("--listeners=2") as command:
+            for listener in (one, two):
+                opened(listener, command)
+                press(listener, "play")
+                wait(listener, lambda s: s["total"] > 0, 120)
+                print(f"\n{time.monotonic() - started:.1f} s from the command to this listener's first sound", end="")
+            seconds, states = 60 * minutes, []
+            for listener in (one, two):
+                states.append(wait(listener, lambda s: s["total"] > seconds * 16_000, seconds + 300))
+                total, gaps, speed = (states[-1][name] for name in ("total", "starved", "speed"))
+                print(
+                    f"\n{total / 16_000:.0f} s heard, {gaps:.0f} interruptions, made {speed:.1f} times as fast", end=""
+                )
+            print(f"\nload {os.getloadavg()}")
+            assert all(state["starved"] == 0 for state in states) and one.problems == two.problems == []

@@ -130,6 +130,10 @@ def test_the_page_says_what_the_files_say(finished: Path) -> None:
         "seven/train_1.wav, from 0.12 s",
         "0.30 s · 3.50 dB apart",
         "Held-out, test",
+        "Longer streams: 2 of 4 streams run away, the first after 6 s",
+        "-14.5 2.000 -13.5 2.125 -11.5 2.375",
+        "0.5 3.875 -9.5 3.250",
+        "python -m workflows.listen --workdir=",
         "Generated at step 300, temperature 0.8.",
         "512 21.25 3.50 4.00 12.00 1.234",
         "140 15.75",
@@ -351,12 +355,24 @@ def test_strange_findings_are_left_out(run: Path, wrong: dict[str, Any]) -> None
     write(run / "nearest.json", found)
     write(run / "perceptual.json", {"generated": {"fid": "low"}, "rejected": None, "train": [1]})
     sound_of = json.loads((run / "sound.json").read_text())
-    strange = {"share": "far", "drift": [{"start": 0}, 3], "choice": {"rows": 1}, "notes": 5, "seed": None}
+    strange = {
+        "share": "far",
+        "drift": [{"start": 0}, 3],
+        "longer": {"rows": [{}, 3]},
+        "choice": {"rows": 1},
+        "notes": 5,
+        "seed": None,
+    }
     rows = {"generated": {"distance": 10**400, "frames": "many"}, "train": [1], "white_noise": None}
     write(run / "sound.json", {**sound_of, **strange, "rows": rows})
     words = Page(build_report(run)).words
     assert "Perceptual figures" not in words and "Listening" in words
-    assert "How it sounds" in words and "of the way from recordings" not in words and "Drift" not in words
+    assert (
+        "How it sounds" in words
+        and "of the way from recordings" not in words
+        and "Drift" not in words
+        and "Longer" not in words
+    )
     write(run / "sound.json", {"choice": sound_of["choice"]})  # of a run that has only been chosen for
     words = Page(build_report(run)).words
     assert "Nearest: temperature 0.8" in words and "A frame has" not in words

@@ -194,7 +194,11 @@ def test_figures_are_marked_as_measured_or_published():
     heard = {"step": 600, "generated": {"fid": 2.5, "is": 4.5}, "rejected": None}
     study["runs"][1]["results"][0]["perceptual"] = heard
     for seed in (0, 1):
-        study["runs"][1]["results"][seed]["sound"] = {"share": 0.25 + seed, "distance": 4_000.0, "drift": []}
+        study["runs"][1]["results"][seed]["sound"] = {
+            "share": 0.25 + seed,
+            "distance": 4_000.0,
+            "longer": {"away": 0.5},
+        }
     study["runs"][0]["results"][0]["sound"] = {"share": None, "distance": None}
     for table in tables(study):
         assert all("easured" in head or "ublished" in head for head in table.head[1:] if head != "Direction")
@@ -207,7 +211,7 @@ def test_figures_are_marked_as_measured_or_published():
     assert lines[2]["measured_bits_per_sample"] == "3.1" and lines[2]["published_bits_per_sample"] == "1.956"
     assert float(lines[2]["measured_difference"]) == pytest.approx(0.1) and lines[0]["measured_difference"] == ""
     assert lines[2]["measured_fid"] == "2.5" and lines[3]["measured_fid"] == ""
-    assert "| Other | 0.75 (0.25 to 1.25) | 4,000 |" in text and "How it sounds: the Fréchet distance" in text
+    assert "| Other | 0.75 (0.25 to 1.25) | 4,000 | 0.50 |" in text and "How it sounds: the Fréchet distance" in text
     assert lines[3]["measured_sound_share"] == "1.25" and lines[2]["measured_sound_distance"] == "4000"
     assert lines[0]["measured_sound_share"] == ""
     assert lines[2]["published_epochs_per_hour"] == "10" and lines[2]["state"] == "done"

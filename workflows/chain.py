@@ -159,7 +159,7 @@ def _stages(
         "sound": {
             "distance": sound["rows"].get("generated", {}).get("distance"),
             **{name: sound["rows"][name].get("distance") for name in ("train", "shaped_noise", "white_noise")},
-            **{name: sound[name] for name in ("share", "drift", "temperature", "top_p", "notes")},
+            **{name: sound[name] for name in ("share", "drift", "longer", "temperature", "top_p", "notes")},
         },
         "platform": mesh.hardware(),
         "versions": _versions(),

@@ -117,6 +117,13 @@ def _table(found: dict[str, Any]) -> list[str]:
             f"  {row['start']:g} to {row['stop']:g} s: {row['generated']:.3f} / {_number(row['held_out'], '.3f')}"
             for row in found["drift"]
         ]
+    if longer := found["longer"]:
+        lines.append(f"{longer['streams']} streams of {longer['seconds']:g} s, level and bits per sample by stretch:")
+        lines += [
+            f"  {row['start']:g} to {row['stop']:g} s: {row['level_db']:.1f} dB, {row['bits_per_sample']:.3f}"
+            for row in longer["rows"]
+        ]
+        lines.append(f"longer streams: {longer['verdict']}")
     return lines + found["notes"]
 
 

@@ -14,9 +14,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from configs import sc09, sc09_small
+from configs import sc09, sc09_best, sc09_small
 from configs.ablations import Run, Study, base
-from harmonic.config import Config, Stage
+from harmonic.config import Config
 
 _SAMPLES = 4_915_200  # of a small run: about two minutes
 
@@ -29,18 +29,7 @@ def _with(config: Config, **parts: dict[str, Any]) -> Config:
 def get_study(size: str) -> Study:
     """The study."""
     if size == "paper":
-        published = sc09.get_config()
-        found = _with(
-            published,
-            model={"head": "logistic", "max_radius": 0.9995, "max_angle": 1.0},
-            data={"window_length": 4_000},
-            train={
-                "global_batch_size": 128,
-                "stages": (Stage(365_000, 16_000, 32),),
-                "optimizer": "muon",
-                "schedule": "linear",
-            },
-        )
+        published, found = sc09.get_config(), sc09_best.get_config()
         deep: dict[str, Any] = {"pool_factors": (2, 4, 4, 5, 5)}
     else:
         published, small = base("small"), sc09_small.get_config()

@@ -7,15 +7,12 @@ amount of audio. Nothing but the weights, the data and the settings decides the 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from harmonic.checkpoint import Trained
 from harmonic.config import Config
@@ -24,37 +21,20 @@ from harmonic.errors import UserError
 from harmonic.evaluate import segment_nats
 from harmonic.likeness.clips import Excerpt, draws, excerpts, hear_excerpts, noise_of
 from harmonic.likeness.hearing import FEATURES, Heard
-from harmonic.metrics import Progress
+from harmonic.likeness.longer import measure_longer, stretches_of
+from harmonic.likeness.streams import Plan, generate_pieces, one_thread, slice_of, slices
 from harmonic.perceptual.metrics import frechet, samples_needed
 from harmonic.run import SOUND, Run
 from harmonic.spectrogram import frame_sizes
-from harmonic.voice import LONGEST, Codec, Voice
+from harmonic.voice import LONGEST, Codec
 
-VERSION = 1  # of the figures' definition
+VERSION = 2  # of the figures' definition
 CLIP_SECONDS, SECONDS, MOST_CLIPS = 4.0, 32.0, 128  # of a clip, of all clips, and how many, unless others are asked for
 NEEDED = samples_needed(FEATURES)  # frames, for a covariance of full rank
 FEW = 10 * FEATURES  # frames; with fewer, distances come out much too large
 _HELD_OUT = 4  # times the generated audio, where the split has so much
 _FLOORS = 3  # choices of training recordings, which show how far chance moves a distance
 _SILENT_DB = 30.0  # below the level of the held-out recordings
-_AT_ONCE, _CHUNK = 32, 4_000  # streams side by side, and samples between two looks at their likelihood
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is compared.
-
-    Attributes:
-      split: of the held-out recordings.
-      clips: how many are generated.
-      length: samples of each.
-      seed: of the generated clips.
-    """
-
-    split: str
-    clips: int
-    length: int
-    seed: int
 
 
 def make_plan(
@@ -143,6 +123,7 @@ def measure_run(
       mean of several choices of recordings, with "least", "greatest" and "choices";
       "share": where the generated clips are between train (0) and shaped_noise (1);
       "drift": bits per sample of the generated clips and of held-out recordings by the second of the clip;
+      "longer": whether streams of four times the clips' length stay as they are, from `measure_longer`;
       "notes": what limits the figures. Figures that cannot be computed are None, and a note says why.
       "choice", from `choose`, stays if it is of the same weights.
 
@@ -161,10 +142,16 @@ def measure_run(
     if comparison.too_short is None:
         made = generate_clips(trained, dataset, plan, temperature, top_p, show_progress=show_progress)
         figures = comparison.figures(made.heard)
-        scored, rate = score(trained, dataset, comparison.scored, plan), dataset.manifest.sample_rate
-        figures["drift"] = drift(made.nats, scored, plan, rate, trained.config)
+        nats, counts = score(trained, dataset, comparison.scored, plan)
+        rate = dataset.manifest.sample_rate
+        figures["drift"] = drift(made.nats, (nats.sum(0), counts.sum(0)), plan, rate, trained.config)
+        ends, _ = slices(plan, rate, trained.config)
+        recordings = stretches_of(dataset.split(split), comparison.scored, ends, nats, counts)
+        figures["longer"] = measure_longer(
+            trained, dataset, plan, recordings, temperature, top_p, show_progress=show_progress
+        )
     else:
-        figures = {**comparison.figures(None), "drift": []}
+        figures = {**comparison.figures(None), "drift": [], "longer": None}
     result = {**described, "checkpoint": checkpoint, "temperature": temperature, "top_p": top_p, **figures}
     choice = written(run).get("choice")
     if isinstance(choice, dict) and choice.get("weights_sha256") == trained.sha256:
@@ -189,7 +176,7 @@ class Comparison:
         chosen = draws(excerpts(held_out, plan.length, **places), _HELD_OUT * amount, 1)[0]
         self.scored = draws(chosen, amount, 1)[0]
         self._plan, self._codec = plan, Codec.of(dataset.manifest)
-        with _one_thread():
+        with one_thread():
             self.held_out = _heard(held_out, chosen)
             self._floors = [
                 _heard(train, part) for part in draws(excerpts(train, plan.length, **places), amount, _FLOORS)
@@ -261,7 +248,7 @@ class Comparison:
     def _distance(self, heard: Heard) -> float | None:
         if self.too_short is not None or heard.frames < NEEDED:
             return None
-        with _one_thread():
+        with one_thread():
             return frechet(heard.gaussian(), self.held_out.gaussian())
 
     def _row(self, heard: Heard) -> dict[str, Any]:
@@ -283,14 +270,6 @@ def _heard(split: Split, places: list[Excerpt]) -> Heard:
     return heard
 
 
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """The products here are small: on one thread they are faster, and their last digits are the same on any machine
-    of a kind."""
-    with threadpool_limits(1, "blas"):
-        yield
-
-
 @dataclasses.dataclass(frozen=True)
 class Generated:
     """Generated clips: what is heard in them, their nats by slice of the clip, and their bits per sample."""
@@ -298,20 +277,6 @@ class Generated:
     heard: Heard
     nats: np.ndarray
     bits_per_sample: float
-
-
-def slices(plan: Plan, rate: int, config: Config) -> tuple[np.ndarray, int]:
-    """Where the slices end that likelihood is summed over, in samples, and the length of the segments that fill them.
-
-    A slice is a second, or a quarter of a clip that is shorter than three, up to a multiple of the segments.
-    """
-    wanted = rate if plan.length >= 3 * rate else max(1, plan.length // 4)
-    multiple = config.model.multiple
-    segment = -(-min(config.evaluate.segment_length, wanted) // multiple) * multiple
-    size = segment * max(1, round(wanted / segment))
-    ends = np.arange(1, max(1, round(plan.length / size)) + 1) * size
-    ends[-1] = plan.length
-    return ends, segment
 
 
 def generate_clips(
@@ -329,44 +294,25 @@ def generate_clips(
     Raises:
       UserError: the settings are impossible, or the likelihood is not finite.
     """
-    voice = Voice(trained.model, trained.params, Codec.of(dataset.manifest))
-    rate = voice.codec.sample_rate
-    heard, (ends, segment) = Heard(rate), slices(plan, rate, trained.config)
-    nats = np.zeros(len(ends))
-    # The largest chunk of which segments, and so slices, are whole multiples.
-    chunk = next(segment // n for n in range(-(-segment // _CHUNK), segment + 1) if segment % n == 0)
-    progress = Progress(title, plan.clips * plan.length, unit="sample") if show_progress else None
-    for first in range(0, plan.clips, _AT_ONCE):
-        count = min(_AT_ONCE, plan.clips - first)
-        clips, position = [heard.clip() for _ in range(count)], 0
-        made = voice.pieces(
-            plan.length,
-            num_samples=count,
-            first_stream=first,
-            chunk=chunk,
-            seed=plan.seed,
-            temperature=temperature,
-            top_p=top_p,
-            progress=progress,
-        )
-        for piece in made:
-            nats[slice_of(position, ends)] += piece.nats.sum()
-            position += piece.sound.shape[1]
-            with _one_thread():
-                for clip, sound in zip(clips, piece.sound, strict=True):
-                    clip.feed(sound)
-    if progress:
-        progress.close()
+    rate = dataset.manifest.sample_rate
+    heard, nats = Heard(rate), np.zeros(len(slices(plan, rate, trained.config)[0]))
+    clips = [heard.clip() for _ in range(plan.clips)]
+    made = generate_pieces(trained, dataset, plan, temperature, top_p, title=title, show_progress=show_progress)
+    for first, number, piece in made:
+        nats[number] += piece.nats.sum()
+        with one_thread():
+            for clip, sound in zip(clips[first:], piece.sound, strict=False):
+                clip.feed(sound)
     if not np.isfinite(nats).all():
         raise UserError("the likelihood of the generated clips is not finite: the weights are broken")
     return Generated(heard, nats, float(nats.sum() / math.log(2) / (plan.clips * plan.length)))
 
 
 def score(trained: Trained, dataset: Dataset, places: list[Excerpt], plan: Plan) -> tuple[np.ndarray, np.ndarray]:
-    """(nats, samples) of held-out excerpts by slice of the clip, each excerpt with no past."""
+    """(nats, samples) of held-out excerpts by slice of the clip, [excerpts, slices], each excerpt with no past."""
     split, config = dataset.split(plan.split), trained.config
     ends, segment = slices(plan, dataset.manifest.sample_rate, config)
-    nats, counts = np.zeros(len(ends)), np.zeros(len(ends), np.int64)
+    nats, counts = np.zeros((len(places), len(ends))), np.zeros((len(places), len(ends)), np.int64)
     size = min(config.evaluate.batch_size, len(places))
     numbers = split.label_numbers(dataset.labels())
     for first in range(0, len(places), size):
@@ -377,14 +323,9 @@ def score(trained: Trained, dataset: Dataset, places: list[Excerpt], plan: Plan)
         batch = EvaluationBatch(lengths, labels, stream_rows(split, rows, size, segment))
         for number, (found, samples) in enumerate(segment_nats(trained.model, trained.params, batch)):
             place = slice_of(number * segment, ends)
-            nats[place] += found.sum()
-            counts[place] += samples.sum()
+            nats[first : first + size, place] += found[: len(rows)]
+            counts[first : first + size, place] += samples[: len(rows)]
     return nats, counts
-
-
-def slice_of(position: int, ends: np.ndarray) -> int:
-    """The number of the slice that a sample belongs to."""
-    return min(int(np.searchsorted(ends, position, side="right")), len(ends) - 1)
 
 
 def drift(

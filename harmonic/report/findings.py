@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from harmonic import published
-from harmonic.report.charts import Chart, ticks
+from harmonic.report.charts import Chart, spread, ticks
 from harmonic.report.inputs import Json, number, objects, section
 from harmonic.report.page import Player, SoundBudget, player
 
@@ -94,6 +94,7 @@ def sound(found: Json) -> Json | None:
         "facts": [form.format(value) for key, form in phrases if (value := number(found, key)) is not None],
         "notes": [str(note) for note in notes] if isinstance(notes, list) else [],
         "drift": _drift(objects(found.get("drift"))),
+        "longer": _longer(section(found, "longer")),
         "choice": choice,
     }
 
@@ -120,6 +121,29 @@ def _drift(found: list[Json]) -> Chart | None:
     for line, kind in zip(lines, ("smooth", "base"), strict=True):
         chart.line([at for at, _ in line], [bits for _, bits in line], kind)
     return chart
+
+
+def _longer(found: Json) -> Json | None:
+    """Streams beyond the clips' end: the verdict, and some of the stretches."""
+    names = ("start", "stop", "level_db", "bits_per_sample")
+    every = [[number(row, name) for name in names] for row in objects(found.get("rows"))]
+    rows = [
+        [f"{start:.3g} to {stop:.3g} s", f"{level:.1f}", f"{bits:.3f}"]
+        for start, stop, level, bits in every
+        if start is not None and stop is not None and level is not None and bits is not None
+    ]
+    seconds, streams = number(found, "seconds"), number(found, "streams")
+    if not rows or seconds is None or streams is None:
+        return None
+    most = [number(found, "most", name) for name in names[2:]]
+    level, bits = most
+    last = [] if level is None or bits is None else [["Away is above", f"{level:.1f}", f"{bits:.3f}"]]
+    return {
+        "verdict": str(found.get("verdict", "")),
+        "caption": f"{streams:.0f} streams of {seconds:.3g} s, stretch by stretch",
+        "head": ["Stretch", "Level, dB", "Bits per sample"],
+        "rows": [rows[i] for i in spread(len(rows), 9)] + last,
+    }
 
 
 def _choice(found: Json) -> Json | None:

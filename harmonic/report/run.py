@@ -192,7 +192,11 @@ def _listening(folder: Path, samples: Json, budget: SoundBudget) -> Json:
         if players:
             groups.append((*GROUPS.get(kind, (kind, "")), players))
     keys = ("step", "checkpoint", "temperature", "top_p", "seed")
-    return {"groups": groups, "facts": [f"{key} {samples[key]}" for key in keys if key in samples]}
+    return {
+        "groups": groups,
+        "facts": [f"{key} {samples[key]}" for key in keys if key in samples],
+        "command": f"python -m workflows.listen --workdir={shlex.quote(str(folder.parent))}",
+    }
 
 
 def _published(dataset: str, result: Json, summary: Json) -> Json | None:

@@ -16,6 +16,7 @@ METRICS = {  # of a row: keys in a run's result, key in its published values (in
     "parameters": (("parameters",), "parameters"),
     "sound_share": (("sound", "share"), None),
     "sound_distance": (("sound", "distance"), None),
+    "sound_away": (("sound", "longer", "away"), None),
     "fid": (("perceptual", "generated", "fid"), "fid"),
     "is": (("perceptual", "generated", "is"), "inception_score"),
     "rejected_fid": (("perceptual", "rejected", "fid"), None),
@@ -187,7 +188,8 @@ def notes(study: Json) -> list[str]:
     if any(number(result, "sound", "distance") is not None for result in results):
         sentences.append(
             "How it sounds: the Fréchet distance of log-mel frames of generated clips to recordings of the test split, "
-            "and where it is between training recordings (0) and noise with their mean spectrum (1)."
+            "and where it is between training recordings (0) and noise with their mean spectrum (1). Streams of "
+            "four times the clips' length run away when they stay louder, or less likely, than any of the recordings."
         )
     if not any(result.get("perceptual") for result in results):
         sentences.append("No FID or inception score was measured: give --classifier.")

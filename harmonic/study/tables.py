@@ -70,6 +70,7 @@ def tables(study: Json) -> list[Table]:
             "How it sounds",
             ("Share of the way to noise, measured", found("sound_share", 2)),
             ("Distance in dB², measured", found("sound_distance", 0)),
+            ("Share of longer streams that run away, measured", found("sound_away", 2)),
         ),
         "fid": columns(
             "Samples, by a classifier of spoken digits",
