@@ -73,8 +73,8 @@ def compile_for(
         (folder / "request.json").write_text(json.dumps(request))
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
         if target.device.gpu is not None:
-            flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder}/dump"
-            environment["XLA_FLAGS"] = flags.strip()
+            dump = f"--xla_dump_to={folder}/dump --xla_dump_hlo_module_re=jit_(step_function|run)"
+            environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {dump}".strip()
         child = subprocess.run(
             [sys.executable, "-m", "harmonic.compile_for", str(folder)], env=environment, capture_output=True, text=True
         )
@@ -232,11 +232,11 @@ def _dearest(found: list[Any], total: int) -> list[dict[str, Any]]:
     ranked = sorted(groups.values(), key=lambda group: -sum(k.runs * k.moved for k in group))
     return [
         {
-            "name": group[0].op_name or group[0].name,
-            "kind": group[0].kind,
-            "runs": round(sum(k.runs for k in group)),
             "bytes": round(moved := sum(k.runs * k.moved for k in group)),
+            "runs": round(sum(k.runs for k in group)),
             "share": round(moved / total, 4),
+            "kind": group[0].kind,
+            "name": group[0].op_name or group[0].name,
         }
         for group in ranked[:_DEAREST]
     ]
@@ -246,7 +246,8 @@ def _own_kernels(found: list[Any]) -> dict[str, dict[str, Any]]:
     own: dict[str, dict[str, Any]] = {}
     for kernel in found:
         if kernel.kind in _OWN:
-            figures = own.setdefault(kernel.op_name.rsplit("/", 1)[-1], {"runs": 0, "bytes": 0})
+            *_, name = kernel.op_name.removesuffix("/pallas_call").split("/")
+            figures = own.setdefault(name, {"runs": 0, "bytes": 0})
             figures["runs"] += round(kernel.runs)
             figures["bytes"] += round(kernel.runs * kernel.moved)
     return own
