@@ -18,6 +18,10 @@ Passes over memory of the fused CG-LRU, in arrays of [batch, time, channels] (th
     one chunk, TPU    4 + 2 = 6                 4 inputs + 2 h + 2 dh + 4 gradients = 12
     chunks            4 + 6 = 10                1 gate + 2 dh + 12 = 15
 
+On GPU the gates, h and their gradients have their parts side by side, [batch, time, parts, channels], as the products
+before and after make and take them; biases are added, and their gradients summed, in the kernels. A checkpointed block
+keeps the states that enter its chunks, so that its backward pass does not make the first pass again (unsharded).
+
 If they were not fused, the gates alone would read 4 and write 4 forward before any scan reads them. A single pass with
 decoupled look-back would have the first line's counts at any number of chunks; but its programs wait for one another's
 flags, with acquire and release ordering, which Pallas does not promise on Triton. A sharded sequence takes the first
@@ -33,10 +37,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
 from harmonic.kernels.arithmetic import Pair, add, multiply, multiply_conjugate
 from harmonic.kernels.context_parallel import exchange_carries
+from harmonic.kernels.kept import CHUNK_STARTS
 
 Rows = tuple[jax.Array, ...]
 Pull = Callable[[Pair, Pair], tuple[Rows, Rows]]
@@ -123,7 +129,8 @@ def _walk(
     carry: Sequence[jax.Array | float],
     dtype: Any,
     parameters: Sequence[jax.Array] = (),
-    previous: Sequence[tuple[jax.Array, jax.Array]] = (),
+    previous: Sequence[jax.Array] = (),
+    borders: Sequence[jax.Array] = (),
     outputs: Sequence[tuple[int, Any]] = (),
     reverse: bool = False,
     name: str,
@@ -134,8 +141,9 @@ def _walk(
       rows: [batch, time, parts, channels]; a step is given the rows of all their parts at t.
       carry: [batch, chunks, channels] with which each chunk starts, or a number.
       parameters: [channels].
-      previous: ([batch, time, parts, channels], [batch, parts, channels] before the first); a step is given their rows
-        at t - 1.
+      previous: [batch, time, parts, channels]; a step is given the rows of all their parts at t - 1.
+      borders: of each of these parts the row before each block, [batch, blocks, channels]: a program sees no rows but
+        its own.
       dtype: what the rows are computed in.
       outputs: (parts, type) of each array that a step writes rows of.
 
@@ -143,9 +151,6 @@ def _walk(
       (outputs [batch, time, parts, channels], carry after each chunk [batch, chunks, channels]).
     """
     block_spec, chunk_spec = tiling.specs(reverse)
-    # The rows before each block, gathered outside: a program sees no rows but its own.
-    ends = slice(tiling.length - 1, tiling.time - 1, tiling.length)
-    borders = [jnp.concatenate([before[:, None].astype(v.dtype), v[:, ends]], axis=1) for v, before in previous]
     starts = [v for v in carry if not isinstance(v, float)]
 
     def cut(v: jax.Array) -> list[tuple[Any, pl.BlockSpec]]:
@@ -157,8 +162,8 @@ def _walk(
 
     operands: list[list[tuple[Any, pl.BlockSpec]]] = [
         [pair for v in rows for pair in cut(v)],
-        [pair for v, _ in previous for pair in cut(v)],
-        [(tiling.arrange(v[:, :, i]), block_spec) for v in borders for i in range(v.shape[2])],
+        [pair for v in previous for pair in cut(v)],
+        [(tiling.arrange(v), block_spec) for v in borders],
         [tiling.parameter(v) for v in parameters],
         [(tiling.arrange(v), chunk_spec) for v in starts],
     ]
@@ -193,7 +198,7 @@ def _walk(
             first = pl.program_id(2) == 0
             state = [jnp.where(first, start, load(ref)) for start, ref in zip(state, carry_refs, strict=True)]
         shared = tuple(jnp.broadcast_to(load(ref), tiling.row) for ref in parameter_refs)
-        borders = [load(ref) for ref in border_refs]
+        before_block = [load(ref) for ref in border_refs]
 
         def places(refs, t) -> list[tuple]:
             """(ref, *index) of each part's row at t."""
@@ -213,7 +218,9 @@ def _walk(
                     tuple(load(*place) for place in places(row_refs, t)),
                     tuple(
                         jnp.where(t == 0, border, load(*place))
-                        for place, border in zip(places(previous_refs, jnp.maximum(t - 1, 0)), borders, strict=True)
+                        for place, border in zip(
+                            places(previous_refs, jnp.maximum(t - 1, 0)), before_block, strict=True
+                        )
                     ),
                 )
                 for t in times
@@ -263,6 +270,12 @@ def _write(coefficients: Coefficients, row, previous, parameters, h):
     return h, h
 
 
+def _write_before(row, previous, parameters, h):
+    """The plain scan, but each row is the state before it."""
+    (a, x, _) = identity(row, parameters)
+    return add(multiply(a, h), x), h
+
+
 # Backward, with s_t = dh_t + q_t and q_{t-1} = conj(a_t) s_t, where q_t is the gradient of h_t from the steps after t.
 
 
@@ -292,13 +305,11 @@ def _starts(tile: Tile, maps: Sequence[jax.Array] | None, entering: Pair, axis: 
       [batch, channels], or None where the walk itself gives it, after its last chunk).
     """
     if maps is None:
-        return jax.tree.map(lambda v: v[:, None], entering), None
-    if reverse:
-        maps = [v[:, ::-1] for v in maps]
+        return tuple(v[:, None] for v in entering), None
     chunks, dtype = maps[0].shape[1], maps[0].dtype
     tiling = tile(*maps[0].shape, 1)
     rows = [v[:, :, None] for v in (*maps[2:], *maps[:2])]
-    walk = functools.partial(_walk, tiling=tiling, rows=rows, dtype=dtype)
+    walk = functools.partial(_walk, tiling=tiling, rows=rows, dtype=dtype, reverse=reverse)
     leaving = None
     if axis is not None:
         whole = maps
@@ -307,12 +318,11 @@ def _starts(tile: Tile, maps: Sequence[jax.Array] | None, entering: Pair, axis: 
             _, whole = walk(step, carry=(1.0, 0.0, 0.0, 0.0), name="compose_shard")
         p_re, p_im, h_re, h_im = (v[:, 0] for v in whole)
         entering, leaving = exchange_carries((p_re, p_im), (h_re, h_im), entering, axis, reverse=reverse)
-    starts = [v[:, None] for v in entering]
+    starts = tuple(v[:, None] for v in entering)
     if chunks > 1:
-        step = functools.partial(_write, identity)
-        h, _ = walk(step, carry=starts, outputs=[(1, dtype)] * 2, name="compose_chunks")
-        starts = [jnp.concatenate([start, v[:, :-1, 0]], axis=1) for start, v in zip(starts, h, strict=True)]
-    return tuple(v[:, ::-1] for v in starts) if reverse else tuple(starts), leaving
+        h, _ = walk(_write_before, carry=starts, outputs=[(1, dtype)] * 2, name="compose_chunks")
+        starts = tuple(v[:, :, 0] for v in h)
+    return starts, leaving
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
@@ -365,13 +375,14 @@ def _forward(
         step = functools.partial(_summarise, coefficients)
         _, maps = walk(step, carry=(1.0, 0.0, 0.0, 0.0), name="scan_summarise")
     starts, h_last = _starts(tile, maps, h0, axis, reverse=False)
+    if axis is None:  # on shards, what is sent for them is sent again, as `describe.communication` counts it
+        starts = tuple(checkpoint_name(v, CHUNK_STARTS) for v in starts)
     step = functools.partial(_write, coefficients)
     outputs = [(n, inputs[0].dtype) for n in parts]
     h, last = walk(step, carry=starts, outputs=outputs, name="scan_forward")
     if h_last is None:
         h_last = tuple(v[:, -1] for v in last)
-    entering = tuple(v[:, 0] for v in starts)
-    return (tuple(h), h_last), (inputs, parameters, tuple(h), entering)
+    return (tuple(h), h_last), (inputs, parameters, tuple(h), starts)
 
 
 def _tiling(tile: Tile, inputs: Rows) -> Tiling:
@@ -380,13 +391,13 @@ def _tiling(tile: Tile, inputs: Rows) -> Tiling:
 
 
 def _backward(coefficients: Coefficients, tile: Tile, axis: str | None, parts: tuple[int, ...], residuals, cotangents):
-    inputs, parameters, h, entering = residuals
+    inputs, parameters, h, entered = residuals
     dh, dh_last = cotangents
     axis = _sharded(axis)
     if axis is not None:  # every shard has a copy of h_last, which is the last shard's: their cotangents add up
         dh_last = jax.lax.psum(dh_last, axis)
     tiling = _tiling(tile, inputs)
-    dtype = entering[0].dtype
+    dtype = entered[0].dtype
     rows = (*inputs, *dh)
     walk = functools.partial(_walk, tiling=tiling, rows=rows, parameters=parameters, dtype=dtype, reverse=True)
     maps = None
@@ -394,12 +405,16 @@ def _backward(coefficients: Coefficients, tile: Tile, axis: str | None, parts: t
         step = functools.partial(_summarise_backward, coefficients)
         _, maps = walk(step, carry=(1.0, 0.0, 0.0, 0.0), name="scan_summarise_backward")
     starts, dh0 = _starts(tile, maps, dh_last, axis, reverse=True)
-    both = jnp.stack(entering, axis=1)
-    before = [both] if parts == (2,) else [both[:, i : i + 1] for i in range(2)]
+    borders = entered
+    if tiling.blocks > tiling.chunks:
+        ends = slice(tiling.length - 1, tiling.time - 1, tiling.length)
+        last_rows = [v[:, ends, i] for v in h for i in range(v.shape[2])]
+        borders = [jnp.concatenate([a.astype(b.dtype), b], axis=1) for a, b in zip(entered, last_rows, strict=True)]
     gradients, last = walk(
         functools.partial(_write_backward, coefficients),
         carry=(*starts, *(0.0 for _ in parameters)),
-        previous=tuple(zip(h, before, strict=True)),
+        previous=h,
+        borders=borders,
         outputs=[(v.shape[2], v.dtype) for v in inputs],
         name="scan_backward",
     )
