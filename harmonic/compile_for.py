@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -51,7 +52,7 @@ def compile_for(
       `describe.memory`),
       "moved" (bytes on one device: "read", "written", "a_sample"), "kernels" ("a_step", or of generation
       "a_sample"; "by_depth": by the number of loops around them whose counts XLA does not know), "sent" (bytes by
-      kind of collective), "bounds" (samples a second that the devices cannot exceed, by "bandwidth" and by "operations"),
+      kind of collective), "bounds" (samples a second that the devices cannot exceed, by "bandwidth", by "operations"),
       "dearest" (kernels that move most: "name", "kind", "runs", "bytes", "share"), "own_kernels" (the project's own
       by name: "runs", "bytes", and on GPUs "registers", "spilled" bytes)}. Loops count as often as they run; in
       generation inner loops of unknown count as if they ran once a sample, which is the most that they do.
@@ -70,15 +71,18 @@ def compile_for(
     with tempfile.TemporaryDirectory(prefix="harmonic_compile_") as scratch:
         folder = Path(keep or scratch).absolute()
         folder.mkdir(parents=True, exist_ok=True)
+        answer = folder / "answer.json"
+        answer.unlink(missing_ok=True)
+        shutil.rmtree(folder / "dump", ignore_errors=True)
         (folder / "request.json").write_text(json.dumps(request))
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
+        environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # a program from the cache leaves no dump
         if target.device.gpu is not None:
             dump = f"--xla_dump_to={folder}/dump --xla_dump_hlo_module_re=jit_(step_function|run)"
             environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {dump}".strip()
         child = subprocess.run(
             [sys.executable, "-m", "harmonic.compile_for", str(folder)], env=environment, capture_output=True, text=True
         )
-        answer = folder / "answer.json"
         if child.returncode or not answer.exists():
             raise _failure(config, target, child.stderr)
         told = json.loads(answer.read_text())
@@ -115,7 +119,7 @@ def _failure(config: Config, target: Target, log: str) -> Exception:
     if used:
         held = round(float(used[1]) * 2 ** (10 * (1 + "KMGT".index(used[2]))))
         return _does_not_fit(config, target, "train", held)
-    if "libtpu" in log and "lockfile" in log or "TPU is already in use" in log:
+    if ("libtpu" in log and "lockfile" in log) or "TPU is already in use" in log:
         return UserError(
             "another process holds libtpu's lock: wait until it ends, or remove /tmp/libtpu_lockfile if none is there"
         )

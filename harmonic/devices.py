@@ -1,6 +1,6 @@
 """Devices that programs are compiled for, whether they are there or not: the makers' figures, and what XLA has to know.
 
-    target("cuda:h100:1x8").device.memory
+target("cuda:h100:1x8").device.memory
 """
 
 from __future__ import annotations

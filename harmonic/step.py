@@ -195,7 +195,7 @@ def make_train_step(model: Model, config: Config, mesh: Mesh) -> jax.stages.Wrap
 
 
 def step_shapes(model: Model, config: Config, mesh: Mesh) -> tuple[Any, ...]:
-    """The arguments of `make_train_step`'s function, as shapes with their places on the mesh: what it is lowered for."""
+    """The arguments of `make_train_step`'s function, shapes with their places on the mesh: it is lowered for these."""
 
     def shaped(spec: jax.sharding.PartitionSpec, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.sharding(mesh, spec))

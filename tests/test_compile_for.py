@@ -1,7 +1,7 @@
 """Programs for devices that are not there: names, errors and logs everywhere; compiling where the packages are.
 
-    pip install -e '.[tpu]' -e '.[cuda12]'
-    python -m pytest -m slow tests/test_compile_for.py
+pip install -e '.[tpu]' -e '.[cuda12]'
+python -m pytest -m slow tests/test_compile_for.py
 """
 
 import importlib.util
@@ -75,7 +75,7 @@ LOGS = [
      f"holds {40 << 30:,} bytes, but TPU v5e has {16 << 30:,}"),
     ("ABORTED: Internal error when accessing libtpu multi-process lockfile. Run \"$ sudo rm /tmp/libtpu_lockfile\"",
      "another process holds libtpu's lock"),
-    ("Traceback\nharmonic.errors.UserError: data.window_length=1 is impossible\n", "data.window_length=1 is impossible"),
+    ("Traceback\nharmonic.errors.UserError: mesh.seq=0 is impossible\n", "mesh.seq=0 is impossible"),
 ]  # fmt: skip
 
 
@@ -114,3 +114,33 @@ def test_what_ptxas_says():
         "scan_forward": {"registers": 96, "spilled": 0},
         "scan_backward": {"registers": 255, "spilled": 108},
     }
+
+
+def compiled(name, **options):
+    """The tiny config, compiled for a device where the packages for it are installed."""
+    modules, extra = module._WHEELS[target(name).device.platform]
+    if not any(map(importlib.util.find_spec, modules)):
+        pytest.skip(f"compiling for {name} needs: pip install -e '.[{extra}]'")
+    return compile_for(tiny_config(), target(name), **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cuda:h100", "tpu:v5e"])
+def test_a_training_step_is_compiled_and_read(name):
+    told = compiled(name)
+    assert 0 < told["held"]["temporaries"] < told["held"]["total"] < told["held"]["device"]
+    assert told["moved"]["read"] > told["held"]["arguments"] and told["kernels"]["a_step"] > 50
+    own = told["own_kernels"]
+    # Two levels of one block and an inner one: the scan runs forward, again, and backward.
+    assert own["scan_forward"]["runs"] == 2 * own["scan_backward"]["runs"] > 0
+    if name.startswith("cuda"):
+        assert all(kernel["spilled"] == 0 < kernel["registers"] for kernel in own.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cuda:h100", "tpu:v5e"])
+def test_generation_is_compiled_and_read(name):
+    told = compiled(name, what="generate", streams=2)
+    assert told["samples"] == 2 * module.CHUNK
+    by_depth = told["kernels"]["by_depth"]
+    assert set(by_depth) >= {"0", "1"} and 1 < by_depth["1"] <= told["kernels"]["a_sample"]
