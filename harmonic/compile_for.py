@@ -76,6 +76,7 @@ def compile_for(
         shutil.rmtree(folder / "dump", ignore_errors=True)
         (folder / "request.json").write_text(json.dumps(request))
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
+        environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # its lock guards devices, and none is used
         environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # a program from the cache leaves no dump
         if target.device.gpu is not None:
             dump = f"--xla_dump_to={folder}/dump --xla_dump_hlo_module_re=jit_(step_function|run)"
