@@ -114,8 +114,13 @@ def memory(config: Config) -> dict[str, int]:
       weights that are made for a step), "activations" (of one segment), "states" (kept between segments), "total"}; of
       the stage that holds most.
     """
+    return _memory(dearest_stage(config))
+
+
+def dearest_stage(config: Config) -> Config:
+    """The config of the stage that holds most, without stages."""
     stages = (config.at(start) for start in (0, *(stage.start for stage in config.train.stages)))
-    return max(map(_memory, stages), key=lambda parts: parts["total"])
+    return max(stages, key=lambda stage: _memory(stage)["total"])
 
 
 def _memory(config: Config) -> dict[str, int]:

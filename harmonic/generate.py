@@ -104,6 +104,23 @@ def _chunk_function(model: Model, size: int, platform: str) -> Callable[..., Any
     return run
 
 
+def lower_chunk(model: Model, batch: int, size: int, sharding: jax.sharding.Sharding) -> jax.stages.Lowered:
+    """The program of `size` samples of `batch` streams, lowered for shapes alone, on the platform of
+    `kernels.target.platform`."""
+
+    def shaped(tree: Any) -> Any:
+        return jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=sharding), tree)
+
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    weights = jax.eval_shape(_prepare_function(model), params)
+    state = jax.eval_shape(lambda: model.init_state(batch))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+    number, settings = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.float32)
+    conditions = {"label": jax.ShapeDtypeStruct((batch,), jnp.int32)} if model.labels else {}
+    arguments = shaped((weights, conditions, state, keys, number, number, settings))
+    return _chunk_function(model, size, platform()).lower(*arguments)
+
+
 class Mark(NamedTuple):
     """A place in streams that `Streams.rewind` returns to: samples since the prompt, and the states there."""
 

@@ -82,12 +82,9 @@ def collectives(compiled: jax.stages.Compiled | str) -> list[Collective]:
     Raises:
       ValueError: a loop around a collective whose trip count cannot be told, or HLO that cannot be read.
     """
-    text = compiled if isinstance(compiled, str) else compiled.as_text()
-    if not text:
-        raise ValueError("the compiled program has no HLO text")
-    computations, entry = _parse(text)
-    devices = math.prod(int(n) for n in re.findall(r"(?:replica_count|num_partitions)=(\d+)", text.split("\n", 1)[0]))
-    return [dataclasses.replace(c, group=c.group or devices) for c in _Walk(computations).collectives(entry)]
+    program = parse(compiled)
+    found = _Walk(program).collectives(program.entry)
+    return [dataclasses.replace(c, group=c.group or program.devices) for c in found]
 
 
 class Memory(NamedTuple):
@@ -114,7 +111,9 @@ def memory(compiled: jax.stages.Compiled) -> Memory:
 #     %name = f32[8,128]{1,0} all-gather(%operand), replica_groups={{0,1}}, metadata={op_name="..."}
 
 
-class _Instruction(NamedTuple):
+class Instruction(NamedTuple):
+    """A line of a program."""
+
     name: str
     shape: str
     opcode: str
@@ -123,121 +122,26 @@ class _Instruction(NamedTuple):
     literal: str  # the text between the parentheses: a constant's value, a parameter's number
 
 
-class _Computation(NamedTuple):
-    instructions: dict[str, _Instruction]
+class Computation(NamedTuple):
+    """A part of a program that instructions call by its name."""
+
+    instructions: dict[str, Instruction]
     root: str
 
 
-_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
-_LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
-_OPCODE = re.compile(r"\s([a-z][a-z0-9\-]*)\(")
-_CALLED = re.compile(r"\b(?:calls|to_apply|body|called_computations)=(\{[^}]*\}|%?[\w.\-]+)")
-_BRANCHES = re.compile(r"\b(?:branch_computations|true_computation|false_computation)=(\{[^}]*\}|%?[\w.\-]+)")
-_TRIP_COUNT = re.compile(r'known_trip_count\\?":\{\\?"n\\?":\\?"(\d+)')
-_ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,<=]*)\]")
+class Program(NamedTuple):
+    """A program's computations by name, the name of the one that is run, and how many devices run it."""
 
+    computations: dict[str, Computation]
+    entry: str
+    devices: int
 
-def _parse(text: str) -> tuple[dict[str, _Computation], str]:
-    computations: dict[str, _Computation] = {}
-    entry = name = root = ""
-    instructions: dict[str, _Instruction] = {}
-    for line in text.splitlines():
-        if not line[:1].isspace():
-            header = _HEADER.match(line)
-            if header:
-                name, root, instructions = header[2], "", {}
-                entry = name if header[1] else entry
-            elif line.startswith("}"):
-                computations[name] = _Computation(instructions, root)
-        elif name and (found := _LINE.match(line)):
-            instruction = _instruction(found[2], found[3])
-            instructions[instruction.name] = instruction
-            root = instruction.name if found[1] else root
-    if not entry:
-        raise ValueError("the HLO text has no ENTRY computation")
-    return computations, entry
-
-
-def _instruction(name: str, rest: str) -> _Instruction:
-    opcode = _OPCODE.search(rest)
-    if opcode is None:
-        raise ValueError(f"cannot read the HLO instruction {name} = {rest[:200]}")
-    end = _closing(rest, opcode.end())
-    literal = rest[opcode.end() : end]
-    # An operand is a name, or a shape and a name.
-    operands = tuple(re.findall(r"%([\w.\-]+)", literal))
-    return _Instruction(name, rest[: opcode.start()], opcode[1], operands, rest[end + 1 :], literal)
-
-
-def _closing(text: str, start: int) -> int:
-    """Where the parenthesis closes that was opened before `start`."""
-    depth = 1
-    for found in re.finditer(r"[()]", text[start:]):
-        depth += 1 if found[0] == "(" else -1
-        if not depth:
-            return start + found.start()
-    raise ValueError(f"unbalanced parentheses in HLO: {text[:200]}")
-
-
-def _shape_bytes(shape: str) -> int:
-    """Bytes of `f32[8,128]{1,0}`, or of all parts of a tuple. Tokens have none."""
-    total = 0
-    for kind, dimensions in _ARRAY.findall(re.sub(r"/\*.*?\*/", "", shape)):
-        count = math.prod(int(d.lstrip("<=")) for d in dimensions.split(",") if d)
-        total += -(-count * _bits(kind) // 8)
-    return total
-
-
-def _bits(kind: str) -> int:
-    if kind in ("pred", "token", "opaque"):
-        return 8 if kind == "pred" else 0
-    width = re.match(r"[a-z]+(\d+)", kind)
-    if width is None:
-        raise ValueError(f"unknown element type {kind!r} in HLO")
-    return int(width[1])
-
-
-def _names(value: str) -> list[str]:
-    return re.findall(r"[\w.\-]+", value)
-
-
-class _Walk:
-    """Follows a program from its entry."""
-
-    def __init__(self, computations: dict[str, _Computation]):
-        self._computations = computations
-        self._found: dict[str, list[Collective]] = {}
-
-    def collectives(self, name: str) -> list[Collective]:
-        """Those of a computation and of all that it calls; `loops` from this computation inwards."""
-        if name not in self._found:
-            computation = self._computations[name]
-            self._found[name] = [c for i in computation.instructions.values() for c in self._of(computation, i)]
-        return self._found[name]
-
-    def _of(self, computation: _Computation, instruction: _Instruction) -> Iterator[Collective]:
-        kind = instruction.opcode.removesuffix("-start")
-        if kind in KINDS:
-            yield _collective(computation, instruction, kind)
-            return
-        if instruction.opcode.endswith(("-done", "-update")):
-            return  # what they wait for is counted where it starts
-        branches = [n for value in _BRANCHES.findall(instruction.attributes) for n in _names(value)]
-        if branches:
-            yield from max((self.collectives(n) for n in branches), key=sent_bytes)
-        for called in (n for value in _CALLED.findall(instruction.attributes) for n in _names(value)):
-            inner = self.collectives(called)
-            if instruction.opcode == "while" and inner:
-                count = self._trip_count(computation, instruction)
-                inner = [dataclasses.replace(c, loops=(count, *c.loops)) for c in inner]
-            yield from inner
-
-    def _trip_count(self, computation: _Computation, loop: _Instruction) -> int:
+    def trip_count(self, computation: Computation, loop: Instruction) -> int:
         """XLA's own figure, or that of a counter which a constant is added to until it reaches a constant."""
         known = _TRIP_COUNT.search(loop.attributes)
         if known:
             return int(known[1])
-        condition, body = (self._attribute(loop, name) for name in ("condition", "body"))
+        condition, body = (self.called(loop, name) for name in ("condition", "body"))
         test = self._value(condition, condition.root, (_CARRY,))
         if isinstance(test, tuple) and test[0] == "compare" and isinstance(test[2], tuple) and test[2][0] == "carry":
             _, direction, (_, index), limit = test
@@ -249,16 +153,17 @@ class _Walk:
                 if direction in ("LT", "LE"):
                     return max(0, -(-(limit - start) // step))
         raise ValueError(
-            f"the trip count of the loop {loop.name} cannot be told, so that its collectives cannot be counted: its "
+            f"the trip count of the loop {loop.name} cannot be told, so that what is in it cannot be counted: its "
             "condition is not a counter compared with a constant"
         )
 
-    def _attribute(self, instruction: _Instruction, name: str) -> _Computation:
+    def called(self, instruction: Instruction, name: str) -> Computation:
+        """The computation that is an attribute of an instruction, such as a loop's `body`."""
         found = re.search(rf"\b{name}=%?([\w.\-]+)", instruction.attributes)
         assert found is not None, (instruction.name, name)
-        return self._computations[found[1]]
+        return self.computations[found[1]]
 
-    def _element(self, computation: _Computation, name: str, index: int, arguments: tuple[Any, ...]) -> Any:
+    def _element(self, computation: Computation, name: str, index: int, arguments: tuple[Any, ...]) -> Any:
         """The value of one element of a tuple."""
         instruction = computation.instructions[name]
         if instruction.opcode == "copy":
@@ -267,7 +172,7 @@ class _Walk:
             return None
         return self._value(computation, instruction.operands[index], arguments)
 
-    def _value(self, computation: _Computation, name: str, arguments: tuple[Any, ...]) -> Any:
+    def _value(self, computation: Computation, name: str, arguments: tuple[Any, ...]) -> Any:
         """An instruction's value as far as it can be told: a whole number, a part of the loop's carry, one of these
         added to or compared with another, or None."""
         instruction = computation.instructions[name]
@@ -282,7 +187,7 @@ class _Walk:
             case "copy" | "bitcast" | "reshape":
                 return values[0]
             case "fusion" | "call":
-                called = self._attribute(instruction, "calls" if opcode == "fusion" else "to_apply")
+                called = self.called(instruction, "calls" if opcode == "fusion" else "to_apply")
                 return self._value(called, called.root, tuple(values))
             case "get-tuple-element" if values[0] == _CARRY:
                 found = re.search(r"index=(\d+)", instruction.attributes)
@@ -296,13 +201,142 @@ class _Walk:
         return None
 
 
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_OPCODE = re.compile(r"\s([a-z][a-z0-9\-]*)\(")
+CALLED = re.compile(r"\b(?:calls|to_apply|body|called_computations)=(\{[^}]*\}|%?[\w.\-]+)")
+BRANCHES = re.compile(r"\b(?:branch_computations|true_computation|false_computation)=(\{[^}]*\}|%?[\w.\-]+)")
+_TRIP_COUNT = re.compile(r'known_trip_count\\?":\{\\?"n\\?":\\?"(\d+)')
+ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,<=]*)\](?:\{([^}]*)\})?")  # type, sizes, layout
+
+
+def parse(compiled: jax.stages.Compiled | str) -> Program:
+    """Reads a compiled program, or its optimised HLO text.
+
+    Raises:
+      ValueError: HLO that cannot be read.
+    """
+    text = compiled if isinstance(compiled, str) else compiled.as_text()
+    if not text:
+        raise ValueError("the compiled program has no HLO text")
+    computations: dict[str, Computation] = {}
+    entry = name = root = ""
+    instructions: dict[str, Instruction] = {}
+    for line in text.splitlines():
+        if not line[:1].isspace():
+            header = _HEADER.match(line)
+            if header:
+                name, root, instructions = header[2], "", {}
+                entry = name if header[1] else entry
+            elif line.startswith("}"):
+                computations[name] = Computation(instructions, root)
+        elif name and (found := _LINE.match(line)):
+            instruction = _instruction(found[2], found[3])
+            instructions[instruction.name] = instruction
+            root = instruction.name if found[1] else root
+    if not entry:
+        raise ValueError("the HLO text has no ENTRY computation")
+    devices = math.prod(int(n) for n in re.findall(r"(?:replica_count|num_partitions)=(\d+)", text.split("\n", 1)[0]))
+    return Program(computations, entry, devices)
+
+
+def _instruction(name: str, rest: str) -> Instruction:
+    opcode = _OPCODE.search(rest)
+    if opcode is None:
+        raise ValueError(f"cannot read the HLO instruction {name} = {rest[:200]}")
+    end = _closing(rest, opcode.end())
+    literal = rest[opcode.end() : end]
+    # An operand is a name, or a shape and a name.
+    operands = tuple(re.findall(r"%([\w.\-]+)", literal))
+    return Instruction(name, rest[: opcode.start()], opcode[1], operands, rest[end + 1 :], literal)
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the parenthesis closes that was opened before `start`."""
+    depth = 1
+    for found in re.finditer(r"[()]", text[start:]):
+        depth += 1 if found[0] == "(" else -1
+        if not depth:
+            return start + found.start()
+    raise ValueError(f"unbalanced parentheses in HLO: {text[:200]}")
+
+
+def shape_bytes(shape: str) -> int:
+    """Bytes of `f32[8,128]{1,0}`, or of all parts of a tuple. Tokens have none."""
+    total = 0
+    for kind, dimensions, _ in ARRAY.findall(re.sub(r"/\*.*?\*/", "", shape)):
+        total += -(-math.prod(_sizes(dimensions)) * _bits(kind) // 8)
+    return total
+
+
+def array_bytes(shape: str) -> Iterator[tuple[int, int]]:
+    """(bytes with what a tile such as T(8,128) is filled up by, memory space S) of each array of a shape."""
+    for kind, dimensions, layout in ARRAY.findall(re.sub(r"/\*.*?\*/", "", shape)):
+        sizes = _sizes(dimensions)
+        tile, space = re.search(r"T\(([\d,]+)\)", layout), re.search(r"S\((\d+)\)", layout)
+        if tile:
+            inner = [int(axis) for axis in layout.split(":")[0].split(",") if axis]  # the innermost first
+            for axis, size in zip(inner, reversed(_sizes(tile[1])), strict=False):
+                sizes[axis] = -(-sizes[axis] // size) * size
+        yield -(-math.prod(sizes) * _bits(kind) // 8), int(space[1]) if space else 0
+
+
+def _sizes(dimensions: str) -> list[int]:
+    return [int(d.lstrip("<=")) for d in dimensions.split(",") if d]
+
+
+def _bits(kind: str) -> int:
+    if kind in ("pred", "token", "opaque"):
+        return 8 if kind == "pred" else 0
+    width = re.match(r"[a-z]+(\d+)", kind)
+    if width is None:
+        raise ValueError(f"unknown element type {kind!r} in HLO")
+    return int(width[1])
+
+
+def names(value: str) -> list[str]:
+    return re.findall(r"[\w.\-]+", value)
+
+
+class _Walk:
+    """Follows a program from its entry."""
+
+    def __init__(self, program: Program):
+        self._program = program
+        self._found: dict[str, list[Collective]] = {}
+
+    def collectives(self, name: str) -> list[Collective]:
+        """Those of a computation and of all that it calls; `loops` from this computation inwards."""
+        if name not in self._found:
+            computation = self._program.computations[name]
+            self._found[name] = [c for i in computation.instructions.values() for c in self._of(computation, i)]
+        return self._found[name]
+
+    def _of(self, computation: Computation, instruction: Instruction) -> Iterator[Collective]:
+        kind = instruction.opcode.removesuffix("-start")
+        if kind in KINDS:
+            yield _collective(computation, instruction, kind)
+            return
+        if instruction.opcode.endswith(("-done", "-update")):
+            return  # what they wait for is counted where it starts
+        branches = [n for value in BRANCHES.findall(instruction.attributes) for n in names(value)]
+        if branches:
+            yield from max((self.collectives(n) for n in branches), key=sent_bytes)
+        for called in (n for value in CALLED.findall(instruction.attributes) for n in names(value)):
+            inner = self.collectives(called)
+            if instruction.opcode == "while" and inner:
+                count = self._program.trip_count(computation, instruction)
+                inner = [dataclasses.replace(c, loops=(count, *c.loops)) for c in inner]
+            yield from inner
+
+
 _CARRY = "carry"
 _FOLLOWED = ("copy", "bitcast", "reshape", "fusion", "call", "get-tuple-element", "add", "compare")
 
 
-def _collective(computation: _Computation, instruction: _Instruction, kind: str) -> Collective:
+def _collective(computation: Computation, instruction: Instruction, kind: str) -> Collective:
     attributes = instruction.attributes
-    size = sum(_shape_bytes(computation.instructions[n].shape) for n in instruction.operands)
+    size = sum(shape_bytes(computation.instructions[n].shape) for n in instruction.operands)
     group = targets = 0
     if kind == "collective-permute":
         pairs = re.findall(r"\{(\d+),(\d+)\}", attributes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -52,10 +53,16 @@ def make_mesh(config: MeshConfig) -> Mesh:
         if len(each) < wanted:
             raise UserError(f"{asked}, {wanted // processes} of each process, but some of {held} have fewer")
         devices = each
-    shape = (config.data, config.seq)
-    mesh = jax.make_mesh(shape, (DATA, SEQ), axis_types=(AxisType.Auto,) * 2, devices=devices[:wanted])
+    mesh = mesh_of(config, devices)
     process_part(mesh)
     return mesh
+
+
+def mesh_of(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
+    """The mesh of a config on the first of `devices`, which need not be there."""
+    shape = (config.data, config.seq)
+    chosen = devices[: config.data * config.seq]
+    return jax.make_mesh(shape, (DATA, SEQ), axis_types=(AxisType.Auto,) * 2, devices=chosen)
 
 
 def _allow_cpu_devices(wanted: int) -> None:

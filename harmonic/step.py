@@ -199,3 +199,21 @@ def make_train_step(model: Model, config: Config, mesh: Mesh) -> jax.stages.Wrap
         return new, {**metrics, "streak": new.optimizer["streak"]}
 
     return step_function
+
+
+def step_shapes(model: Model, config: Config, mesh: Mesh) -> tuple[Any, ...]:
+    """The arguments of `make_train_step`'s function, shapes with their places on the mesh: it is lowered for these."""
+
+    def shaped(spec: jax.sharding.PartitionSpec, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=meshes.sharding(mesh, spec))
+
+    everywhere = functools.partial(shaped, meshes.REPLICATED)
+    state = jax.tree.map(lambda v: everywhere(v.shape, v.dtype), jax.eval_shape(lambda: init_state(config, model)))
+    (segments, length), rows = config.segments, config.train.global_batch_size
+    tokens = jnp.uint8 if model.num_levels <= 256 else jnp.uint16
+    batch = {
+        "tokens": shaped(meshes.TOKENS, (segments, rows, length, model.channels), tokens),
+        **{name: shaped(meshes.ROWS, (rows,), jnp.int32) for name in ("length", "label", "row")},
+    }
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return state, batch, everywhere(key.shape, key.dtype), everywhere((), jnp.int32)

@@ -180,18 +180,19 @@ LOWERED = [(32, 16_000, 128), (1, 16_001, 130), (2_048, 333, 128)]
 @pytest.mark.parametrize("platform", CALLS)
 def test_kernels_lower_without_a_device(platform, shape, dtype):
     """Triton's and Mosaic's lowering run here, and say which kernels they do not take."""
-    batch, _, channels = shape
-    v = jax.ShapeDtypeStruct(shape, dtype)
-    h, p = (jax.ShapeDtypeStruct(s, "float32") for s in ((batch, channels), (channels,)))
+    batch, time, channels = shape
+    v, u = (jax.ShapeDtypeStruct((batch, time, n * channels), dtype) for n in (1, 4))
+    h, p, bias = (jax.ShapeDtypeStruct(s, "float32") for s in ((batch, channels), (channels,), (4 * channels,)))
     tile, target = (gpu.tile, "gpu") if platform == "cuda" else (tpu.tile, "tpu")
-    for coefficients, parameters in ((scan.identity, ()), (pallas_cg_lru.coefficients, (p, p))):
+    calls = {scan.linear_scan: ((v, v), (v, v), (h, h)), pallas_cg_lru.cg_lru: (u, bias, p, p, (h, h))}
+    for function, shapes in calls.items():
 
-        def run(inputs, parameters, h0, coefficients=coefficients):
-            outputs, pull = jax.vjp(lambda *args: scan.scan(coefficients, tile, None, *args), inputs, parameters, h0)
+        def run(*args, function=function):
+            outputs, pull = jax.vjp(functools.partial(function, tile), *args)
             return outputs, pull(outputs)
 
         with compiling_for(target):
-            lowered = jax.jit(run).trace((v, v, v, v), parameters, (h, h)).lower(lowering_platforms=(platform,))
+            lowered = jax.jit(run).trace(*shapes).lower(lowering_platforms=(platform,))
         chunked = platform == "cuda" and tile(*shape).chunks > 1
         # One kernel forward and one backward; each in three where chunks are scanned side by side.
         assert lowered.as_text().count(f"@{CALLS[platform]}(") == (6 if chunked else 2)

@@ -17,26 +17,13 @@ from harmonic.config import Config, DataConfig, MeshConfig, load_config, overrid
 from harmonic.describe import bounds, costs, describe, fits, memory, weight_bytes
 from harmonic.models import make
 from harmonic.models.harmonic_rnn.config import ModelConfig
-from harmonic.step import init_state, make_loss_and_grad, make_train_step
+from harmonic.step import make_loss_and_grad, make_train_step, step_shapes
 
 
 def compiled_step(config):
     """The training step of a config, compiled for shapes alone."""
     model, mesh = make(config.model, config.data.num_levels), meshes.make_mesh(config.mesh)
-
-    def shape(spec, *size, dtype=jnp.int32):
-        return jax.ShapeDtypeStruct(size, dtype, sharding=meshes.sharding(mesh, spec))
-
-    state = jax.eval_shape(lambda: init_state(config, model))
-    state = jax.tree.map(lambda v: shape(meshes.REPLICATED, *v.shape, dtype=v.dtype), state)
-    (segments, length), rows = config.segments, config.train.global_batch_size
-    batch = {
-        "tokens": shape(meshes.TOKENS, segments, rows, length, 1, dtype=jnp.uint8),
-        "length": shape(meshes.ROWS, rows),
-        "row": shape(meshes.ROWS, rows),
-    }
-    key, number = jax.eval_shape(lambda: jax.random.key(0)), shape(meshes.REPLICATED)
-    return make_train_step(model, config, mesh).lower(state, batch, key, number).compile()
+    return make_train_step(model, config, mesh).lower(*step_shapes(model, config, mesh)).compile()
 
 
 @pytest.mark.parametrize(

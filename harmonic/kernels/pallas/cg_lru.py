@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 
 from harmonic.kernels.arithmetic import Gates, Pair
-from harmonic.kernels.dense import add_bias
 from harmonic.kernels.gates import JaxMath
 from harmonic.kernels.pallas import scan
 
@@ -28,15 +27,15 @@ def coefficients(inputs: scan.Rows, parameters: scan.Rows) -> tuple[Pair, Pair, 
     """The gates for the scan (`arithmetic.Gates`).
 
     Args:
-      inputs: rows of (Re z, Im z, p_i, p_r).
-      parameters: rows of (decay, theta).
+      inputs: rows of (Re z, Im z, p_i, p_r), less their biases.
+      parameters: rows of these four biases, and of (decay, theta).
     """
-    z_re, z_im, p_i, p_r = inputs
-    gates = Gates.compute(_MATH, (z_re, z_im), p_i, p_r, *parameters)
+    z_re, z_im, p_i, p_r = (v + bias for v, bias in zip(inputs, parameters[:4], strict=True))
+    gates = Gates.compute(_MATH, (z_re, z_im), p_i, p_r, *parameters[4:])
 
     def pull(da: Pair, dx: Pair) -> tuple[scan.Rows, scan.Rows]:
         gradients = gates.gradients(_MATH, da, dx)
-        return gradients[:4], gradients[4:]
+        return gradients[:4], gradients  # a bias's gradient is the sum of its input's
 
     return gates.a, gates.x, pull
 
@@ -51,6 +50,8 @@ def cg_lru(
     axis: str | None = None,
 ) -> tuple[jax.Array, Pair]:
     """`kernels.cg_lru` on the platform of `tile`."""
-    inputs = tuple(jnp.split(add_bias(u, bias), 4, axis=-1))
-    h, h_last = scan.scan(coefficients, tile, axis, inputs, (decay, theta), h0)
-    return jnp.concatenate(h, axis=-1), h_last
+    batch, time, channels = *u.shape[:2], decay.shape[0]
+    parameters = (*jnp.reshape(bias, (4, channels)), decay, theta)
+    inputs = (u.reshape(batch, time, 4, channels),)
+    (h,), h_last = scan.scan(coefficients, tile, axis, (2,), inputs, parameters, h0)
+    return h.reshape(batch, time, 2 * channels), h_last

@@ -26,6 +26,7 @@ _SHORTEST = 64
 
 
 class _GpuTiling(Tiling):
+    joined = True
     in_order = False
 
     def __init__(self, batch: int, time: int, channels: int, chunks: int | None):
@@ -47,9 +48,11 @@ class _GpuTiling(Tiling):
         return v
 
     def specs(self, reverse):
-        step = pl.BlockSpec((None, self.length, self.width), lambda b, c, k: (b, k, c))
         chunk = pl.BlockSpec((None, None, self.width), lambda b, c, k: (b, k, c))
-        return step, chunk, chunk
+        return chunk, chunk
+
+    def rows(self, parts, reverse):
+        return pl.BlockSpec((None, self.length, parts, self.width), lambda b, c, k: (b, k, 0, c))
 
     def parameter(self, v):
         return v, pl.BlockSpec((self.width,), lambda b, c, k: (c,))

@@ -18,6 +18,10 @@ Passes over memory of the fused CG-LRU, in arrays of [batch, time, channels] (th
     one chunk, TPU    4 + 2 = 6                 4 inputs + 2 h + 2 dh + 4 gradients = 12
     chunks            4 + 6 = 10                1 gate + 2 dh + 12 = 15
 
+On GPU the gates, h and their gradients have their parts side by side, [batch, time, parts, channels], as the products
+before and after make and take them; biases are added, and their gradients summed, in the kernels. A checkpointed block
+keeps the states that enter its chunks, so that its backward pass does not make the first pass again (unsharded).
+
 If they were not fused, the gates alone would read 4 and write 4 forward before any scan reads them. A single pass with
 decoupled look-back would have the first line's counts at any number of chunks; but its programs wait for one another's
 flags, with acquire and release ordering, which Pallas does not promise on Triton. A sharded sequence takes the first
@@ -33,10 +37,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
 from harmonic.kernels.arithmetic import Pair, add, multiply, multiply_conjugate
 from harmonic.kernels.context_parallel import exchange_carries
+from harmonic.kernels.kept import CHUNK_STARTS
 
 Rows = tuple[jax.Array, ...]
 Pull = Callable[[Pair, Pair], tuple[Rows, Rows]]
@@ -50,7 +56,10 @@ _UNROLL = 4  # rows whose loads are in flight together
 class Tiling(abc.ABC):
     """How a platform divides [batch, time, channels] among the programs of a kernel; the grid's last axis is time.
 
+    Arrays over time have several parts of such channels side by side: [batch, time, parts, channels].
+
     Attributes:
+      joined: whether a kernel reads and writes all parts of an array where they are; else each is an array of its own.
       chunks: pieces of time that are scanned side by side, each from a state of its own.
       length, blocks: rows of a block, and how many blocks there are.
       row: the shape of one time step inside a program.
@@ -58,6 +67,7 @@ class Tiling(abc.ABC):
       options: further arguments of `pl.pallas_call`.
     """
 
+    joined: bool
     grid: tuple[int, int, int]
     chunks: int
     length: int
@@ -78,8 +88,12 @@ class Tiling(abc.ABC):
         """The inverse of `arrange`."""
 
     @abc.abstractmethod
-    def specs(self, reverse: bool) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
-        """The windows on arranged arrays of a row a step, a row a block, and a row a chunk."""
+    def specs(self, reverse: bool) -> tuple[pl.BlockSpec, pl.BlockSpec]:
+        """The windows on arranged arrays of a row a block, and a row a chunk."""
+
+    @abc.abstractmethod
+    def rows(self, parts: int, reverse: bool) -> pl.BlockSpec:
+        """The window on arrays over time: joined ones, or with one part arranged ones."""
 
     @abc.abstractmethod
     def parameter(self, v: jax.Array) -> tuple[jax.Array, pl.BlockSpec]:
@@ -115,32 +129,40 @@ def _walk(
     carry: Sequence[jax.Array | float],
     dtype: Any,
     parameters: Sequence[jax.Array] = (),
-    previous: Sequence[tuple[jax.Array, jax.Array]] = (),
-    outputs: Sequence[Any] = (),
+    previous: Sequence[jax.Array] = (),
+    borders: Sequence[jax.Array] = (),
+    outputs: Sequence[tuple[int, Any]] = (),
     reverse: bool = False,
     name: str,
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Scans `step(row, previous row, parameters, carry) -> (carry, output row)` over the time of each chunk.
 
     Args:
-      rows: [batch, time, channels]; a step is given their rows at t.
+      rows: [batch, time, parts, channels]; a step is given the rows of all their parts at t.
       carry: [batch, chunks, channels] with which each chunk starts, or a number.
       parameters: [channels].
-      previous: ([batch, time, channels], [batch, channels] before the first); a step is given their rows at t - 1.
+      previous: [batch, time, parts, channels]; a step is given the rows of all their parts at t - 1.
+      borders: of each of these parts the row before each block, [batch, blocks, channels]: a program sees no rows but
+        its own.
       dtype: what the rows are computed in.
-      outputs: the types of the rows that a step writes.
+      outputs: (parts, type) of each array that a step writes rows of.
 
     Returns:
-      (outputs [batch, time, channels], carry after each chunk [batch, chunks, channels]).
+      (outputs [batch, time, parts, channels], carry after each chunk [batch, chunks, channels]).
     """
-    row_spec, block_spec, chunk_spec = tiling.specs(reverse)
-    # The rows before each block, gathered outside: a program sees no rows but its own.
-    ends = slice(tiling.length - 1, tiling.time - 1, tiling.length)
-    borders = [jnp.concatenate([before[:, None].astype(v.dtype), v[:, ends]], axis=1) for v, before in previous]
+    block_spec, chunk_spec = tiling.specs(reverse)
     starts = [v for v in carry if not isinstance(v, float)]
+
+    def cut(v: jax.Array) -> list[tuple[Any, pl.BlockSpec]]:
+        """An array over time as the kernel takes it."""
+        parts = v.shape[2]
+        if tiling.joined:
+            return [(v, tiling.rows(parts, reverse))]
+        return [(tiling.arrange(v[:, :, i]), tiling.rows(1, reverse)) for i in range(parts)]
+
     operands: list[list[tuple[Any, pl.BlockSpec]]] = [
-        [(tiling.arrange(v), row_spec) for v in rows],
-        [(tiling.arrange(v), row_spec) for v, _ in previous],
+        [pair for v in rows for pair in cut(v)],
+        [pair for v in previous for pair in cut(v)],
         [(tiling.arrange(v), block_spec) for v in borders],
         [tiling.parameter(v) for v in parameters],
         [(tiling.arrange(v), chunk_spec) for v in starts],
@@ -149,8 +171,14 @@ def _walk(
     def shaped(time: int, dtype) -> jax.ShapeDtypeStruct:
         return jax.eval_shape(tiling.arrange, jax.ShapeDtypeStruct((tiling.batch, time, tiling.channels), dtype))
 
+    def made(parts: int, dtype) -> list[tuple[Any, pl.BlockSpec]]:
+        if tiling.joined:
+            shape = tiling.batch, tiling.time, parts, tiling.channels
+            return [(jax.ShapeDtypeStruct(shape, dtype), tiling.rows(parts, reverse))]
+        return [(shaped(tiling.time, dtype), tiling.rows(1, reverse))] * parts
+
     results: list[list[tuple[Any, pl.BlockSpec]]] = [
-        [(shaped(tiling.time, d), row_spec) for d in outputs],
+        [pair for parts, d in outputs for pair in made(parts, d)],
         [(shaped(tiling.chunks, dtype), chunk_spec) for _ in carry],
     ]
 
@@ -170,7 +198,14 @@ def _walk(
             first = pl.program_id(2) == 0
             state = [jnp.where(first, start, load(ref)) for start, ref in zip(state, carry_refs, strict=True)]
         shared = tuple(jnp.broadcast_to(load(ref), tiling.row) for ref in parameter_refs)
-        borders = [load(ref) for ref in border_refs]
+        before_block = [load(ref) for ref in border_refs]
+
+        def places(refs, t) -> list[tuple]:
+            """(ref, *index) of each part's row at t."""
+            if not tiling.joined:
+                return [(ref, t) for ref in refs]
+            return [(ref, t, jnp.full((), part, t.dtype)) for ref in refs for part in range(ref.shape[1])]
+
         length: Any = tiling.length
         if tiling.time % length:
             length = jnp.minimum(length, tiling.time - tiling.block(reverse) * length).astype(jnp.int32)
@@ -180,18 +215,20 @@ def _walk(
             # All loads come before any arithmetic: the compiler cannot move a load across a store.
             loaded = [
                 (
-                    tuple(load(ref, t) for ref in row_refs),
+                    tuple(load(*place) for place in places(row_refs, t)),
                     tuple(
-                        jnp.where(t == 0, border, load(ref, jnp.maximum(t - 1, 0)))
-                        for ref, border in zip(previous_refs, borders, strict=True)
+                        jnp.where(t == 0, border, load(*place))
+                        for place, border in zip(
+                            places(previous_refs, jnp.maximum(t - 1, 0)), before_block, strict=True
+                        )
                     ),
                 )
                 for t in times
             ]
             for t, (row, before) in zip(times, loaded, strict=True):
                 state, written = step(row, before, shared, state)
-                for ref, v in zip(output_refs, written, strict=True):
-                    tiling.store(ref, mask, v.astype(ref.dtype), t)
+                for (ref, *at), v in zip(places(output_refs, t), written, strict=True):
+                    tiling.store(ref, mask, v.astype(ref.dtype), *at)
             return tuple(state)
 
         whole = length // _UNROLL if isinstance(length, int) else jax.lax.div(length, jnp.int32(_UNROLL))
@@ -205,8 +242,15 @@ def _walk(
     written = pl.pallas_call(
         kernel, grid=tiling.grid, in_specs=in_specs, out_specs=out_specs, out_shape=shapes, name=name, **tiling.options
     )(*values)
-    restored = [tiling.restore(v) for v in written]
-    return restored[: len(outputs)], restored[len(outputs) :]
+    number = len(results[0])
+    over_time = iter(written[:number])
+    joined = [
+        next(over_time)
+        if tiling.joined
+        else jnp.concatenate([tiling.restore(next(over_time))[:, :, None] for _ in range(parts)], axis=2)
+        for parts, _ in outputs
+    ]
+    return joined, [tiling.restore(v) for v in written[number:]]
 
 
 def identity(inputs: Rows, parameters: Rows) -> tuple[Pair, Pair, Pull]:
@@ -224,6 +268,12 @@ def _write(coefficients: Coefficients, row, previous, parameters, h):
     a, x, _ = coefficients(row, parameters)
     h = add(multiply(a, h), x)
     return h, h
+
+
+def _write_before(row, previous, parameters, h):
+    """The plain scan, but each row is the state before it."""
+    (a, x, _) = identity(row, parameters)
+    return add(multiply(a, h), x), h
 
 
 # Backward, with s_t = dh_t + q_t and q_{t-1} = conj(a_t) s_t, where q_t is the gradient of h_t from the steps after t.
@@ -255,12 +305,11 @@ def _starts(tile: Tile, maps: Sequence[jax.Array] | None, entering: Pair, axis: 
       [batch, channels], or None where the walk itself gives it, after its last chunk).
     """
     if maps is None:
-        return jax.tree.map(lambda v: v[:, None], entering), None
-    if reverse:
-        maps = [v[:, ::-1] for v in maps]
+        return tuple(v[:, None] for v in entering), None
     chunks, dtype = maps[0].shape[1], maps[0].dtype
     tiling = tile(*maps[0].shape, 1)
-    walk = functools.partial(_walk, tiling=tiling, rows=(*maps[2:], *maps[:2]), dtype=dtype)
+    rows = [v[:, :, None] for v in (*maps[2:], *maps[:2])]
+    walk = functools.partial(_walk, tiling=tiling, rows=rows, dtype=dtype, reverse=reverse)
     leaving = None
     if axis is not None:
         whole = maps
@@ -269,33 +318,39 @@ def _starts(tile: Tile, maps: Sequence[jax.Array] | None, entering: Pair, axis: 
             _, whole = walk(step, carry=(1.0, 0.0, 0.0, 0.0), name="compose_shard")
         p_re, p_im, h_re, h_im = (v[:, 0] for v in whole)
         entering, leaving = exchange_carries((p_re, p_im), (h_re, h_im), entering, axis, reverse=reverse)
-    starts = [v[:, None] for v in entering]
+    starts = tuple(v[:, None] for v in entering)
     if chunks > 1:
-        step = functools.partial(_write, identity)
-        h, _ = walk(step, carry=starts, outputs=(dtype, dtype), name="compose_chunks")
-        starts = [jnp.concatenate([start, v[:, :-1]], axis=1) for start, v in zip(starts, h, strict=True)]
-    return tuple(v[:, ::-1] for v in starts) if reverse else tuple(starts), leaving
+        h, _ = walk(_write_before, carry=starts, outputs=[(1, dtype)] * 2, name="compose_chunks")
+        starts = tuple(v[:, :, 0] for v in h)
+    return starts, leaving
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def scan(
-    coefficients: Coefficients, tile: Tile, axis: str | None, inputs: Rows, parameters: Rows, h0: Pair
-) -> tuple[Pair, Pair]:
+    coefficients: Coefficients,
+    tile: Tile,
+    axis: str | None,
+    parts: tuple[int, ...],
+    inputs: Rows,
+    parameters: Rows,
+    h0: Pair,
+) -> tuple[Rows, Pair]:
     """h_t = a_t h_{t-1} + x_t with (a_t, x_t) = coefficients(inputs at t, parameters), in h0's precision.
 
     Args:
       coefficients: elementwise, hashable; takes and returns rows of h0's type.
       tile: the platform, `gpu.tile` or `tpu.tile`.
       axis: inside `jax.shard_map`, the mesh axis that time is cut over; h0 must be the same on all its shards.
-      inputs: [batch, time, channels]; this shard's piece.
+      parts: (2,) for h as one array, its real and imaginary parts side by side, or (1, 1) for two arrays.
+      inputs: [batch, time, parts, channels]; this shard's piece.
       parameters: [channels]. Their gradients are this shard's share.
       h0: [batch, channels].
 
     Returns:
-      (h [batch, time, channels] of the first input's type; h_last [batch, channels], the state after the whole
-      sequence, of h0's type).
+      (h, arrays [batch, time, parts, channels] of the first input's type; h_last [batch, channels], the state after
+      the whole sequence, of h0's type).
     """
-    outputs, _ = _forward(coefficients, tile, axis, inputs, parameters, h0)
+    outputs, _ = _forward(coefficients, tile, axis, parts, inputs, parameters, h0)
     return outputs
 
 
@@ -303,31 +358,46 @@ def _sharded(axis: str | None) -> str | None:
     return None if axis is None or jax.lax.axis_size(axis) == 1 else axis
 
 
-def _forward(coefficients: Coefficients, tile: Tile, axis: str | None, inputs: Rows, parameters: Rows, h0: Pair):
+def _forward(
+    coefficients: Coefficients,
+    tile: Tile,
+    axis: str | None,
+    parts: tuple[int, ...],
+    inputs: Rows,
+    parameters: Rows,
+    h0: Pair,
+):
     axis = _sharded(axis)
-    tiling = tile(*inputs[0].shape, None)
+    tiling = _tiling(tile, inputs)
     walk = functools.partial(_walk, tiling=tiling, rows=inputs, parameters=parameters, dtype=h0[0].dtype)
     maps = None
     if axis is not None or tiling.chunks > 1:
         step = functools.partial(_summarise, coefficients)
         _, maps = walk(step, carry=(1.0, 0.0, 0.0, 0.0), name="scan_summarise")
     starts, h_last = _starts(tile, maps, h0, axis, reverse=False)
+    if axis is None:  # on shards, what is sent for them is sent again, as `describe.communication` counts it
+        starts = tuple(checkpoint_name(v, CHUNK_STARTS) for v in starts)
     step = functools.partial(_write, coefficients)
-    h, last = walk(step, carry=starts, outputs=(inputs[0].dtype,) * 2, name="scan_forward")
+    outputs = [(n, inputs[0].dtype) for n in parts]
+    h, last = walk(step, carry=starts, outputs=outputs, name="scan_forward")
     if h_last is None:
         h_last = tuple(v[:, -1] for v in last)
-    entering = tuple(v[:, 0] for v in starts)
-    return (tuple(h), h_last), (inputs, parameters, tuple(h), entering)
+    return (tuple(h), h_last), (inputs, parameters, tuple(h), starts)
 
 
-def _backward(coefficients: Coefficients, tile: Tile, axis: str | None, residuals, cotangents):
-    inputs, parameters, h, entering = residuals
+def _tiling(tile: Tile, inputs: Rows) -> Tiling:
+    batch, time, _, channels = inputs[0].shape
+    return tile(batch, time, channels, None)
+
+
+def _backward(coefficients: Coefficients, tile: Tile, axis: str | None, parts: tuple[int, ...], residuals, cotangents):
+    inputs, parameters, h, entered = residuals
     dh, dh_last = cotangents
     axis = _sharded(axis)
     if axis is not None:  # every shard has a copy of h_last, which is the last shard's: their cotangents add up
         dh_last = jax.lax.psum(dh_last, axis)
-    tiling = tile(*inputs[0].shape, None)
-    dtype = entering[0].dtype
+    tiling = _tiling(tile, inputs)
+    dtype = entered[0].dtype
     rows = (*inputs, *dh)
     walk = functools.partial(_walk, tiling=tiling, rows=rows, parameters=parameters, dtype=dtype, reverse=True)
     maps = None
@@ -335,11 +405,17 @@ def _backward(coefficients: Coefficients, tile: Tile, axis: str | None, residual
         step = functools.partial(_summarise_backward, coefficients)
         _, maps = walk(step, carry=(1.0, 0.0, 0.0, 0.0), name="scan_summarise_backward")
     starts, dh0 = _starts(tile, maps, dh_last, axis, reverse=True)
+    borders = entered
+    if tiling.blocks > tiling.chunks:
+        ends = slice(tiling.length - 1, tiling.time - 1, tiling.length)
+        last_rows = [v[:, ends, i] for v in h for i in range(v.shape[2])]
+        borders = [jnp.concatenate([a.astype(b.dtype), b], axis=1) for a, b in zip(entered, last_rows, strict=True)]
     gradients, last = walk(
         functools.partial(_write_backward, coefficients),
         carry=(*starts, *(0.0 for _ in parameters)),
-        previous=tuple(zip(h, entering, strict=True)),
-        outputs=[v.dtype for v in inputs],
+        previous=h,
+        borders=borders,
+        outputs=[(v.shape[2], v.dtype) for v in inputs],
         name="scan_backward",
     )
     if dh0 is None:
@@ -355,4 +431,5 @@ scan.defvjp(_forward, _backward)
 
 def linear_scan(tile: Tile, x: Pair, a: Pair, h0: Pair, axis: str | None = None) -> tuple[Pair, Pair]:
     """`kernels.linear_scan` on the platform of `tile`."""
-    return scan(identity, tile, axis, (*x, *a), (), h0)
+    (h_re, h_im), h_last = scan(identity, tile, axis, (1, 1), tuple(v[:, :, None] for v in (*x, *a)), (), h0)
+    return (h_re[:, :, 0], h_im[:, :, 0]), h_last

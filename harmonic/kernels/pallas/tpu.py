@@ -21,6 +21,7 @@ _STEPS = 64  # twelve arrays in the backward pass, in two copies (one in flight)
 
 
 class _TpuTiling(Tiling):
+    joined = False
     in_order = True
     chunks = 1
 
@@ -40,13 +41,15 @@ class _TpuTiling(Tiling):
         return jnp.moveaxis(v, 0, 1)
 
     def specs(self, reverse):
-        def block(k):
-            return self.blocks - 1 - k if reverse else k
-
-        step = pl.BlockSpec((self.length, *self.row), lambda b, c, k: (block(k), b, c))
-        border = pl.BlockSpec((None, *self.row), lambda b, c, k: (block(k), b, c))
+        border = pl.BlockSpec((None, *self.row), lambda b, c, k: (self._block(k, reverse), b, c))
         chunk = pl.BlockSpec((None, *self.row), lambda b, c, k: (0, b, c))
-        return step, border, chunk
+        return border, chunk
+
+    def rows(self, parts, reverse):
+        return pl.BlockSpec((self.length, *self.row), lambda b, c, k: (self._block(k, reverse), b, c))
+
+    def _block(self, k, reverse):
+        return self.blocks - 1 - k if reverse else k
 
     def parameter(self, v):
         return v[None], pl.BlockSpec((1, self.row[1]), lambda b, c, k: (0, c))

@@ -13,6 +13,7 @@ on tokens before t alone. Training is generation: both calls give the same logit
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from flax import nnx
 
 from harmonic import kernels
 from harmonic.errors import check
-from harmonic.kernels import Pair
+from harmonic.kernels import Pair, kept
 from harmonic.kernels.context_parallel import left_halo
 from harmonic.kernels.dense import dense, normalise
 from harmonic.kernels.plain_step import Dense, step_dense, step_normalise
@@ -284,8 +285,8 @@ class HarmonicRNN(base.Model):
     def _run(self, name: str, x: jax.Array, stacks: dict[str, Any], rng: Dropout | None, axis: str | None):
         stack, config = self.stacks[name], self.config
 
-        # Only the input of each block is kept for the backward pass.
-        @jax.checkpoint
+        # Only the input of each block is kept for the backward pass, and what `kept` names.
+        @functools.partial(jax.checkpoint, policy=kept.POLICY)
         def body(x, scanned):
             (block, h0), number = scanned
             per_chunk = self.multiple // stack.stride
