@@ -30,7 +30,7 @@ LONGEST = 2**31 - 2**16  # samples of a stream: positions are int32
 _MAX_SEED = 2**32  # of what tells two seeds of JAX apart
 _PREFILL = 16_000  # samples of a prompt that are run through the parallel forward at a time
 # A core for itself, and Eigen's products, which have less to set up than YNNPACK's.
-_CPU_OPTIONS = {"xla_cpu_multi_thread_eigen": False, "xla_cpu_experimental_ynn_fusion_type": ""}
+CPU_OPTIONS = {"xla_cpu_multi_thread_eigen": False, "xla_cpu_experimental_ynn_fusion_type": ""}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ def prefill(
 def _chunk_function(model: Model, size: int, platform: str) -> Callable[..., Any]:
     sampler = model.sampler()
 
-    @functools.partial(jax.jit, compiler_options=_CPU_OPTIONS if platform == "cpu" else None)
+    @functools.partial(jax.jit, compiler_options=CPU_OPTIONS if platform == "cpu" else None)
     def run(
         weights, conditions, state: State, keys: jax.Array, first: jax.Array, steps: jax.Array, settings: jax.Array
     ):
