@@ -35,7 +35,6 @@ import jax.numpy as jnp
 import numpy as np
 import soundfile
 
-import harmonic
 from harmonic.audio import token_dtype
 from harmonic.data import EvaluationBatch
 from harmonic.errors import UserError, one_line
@@ -44,7 +43,7 @@ from harmonic.generate import CPU_OPTIONS, LONGEST, prefill_piece
 from harmonic.kernels.cpu import ffi
 from harmonic.kernels.target import platform
 from harmonic.metrics import Progress
-from harmonic.models.base import Model
+from harmonic.models.base import Model, in_precision
 from harmonic.voice import Codec, Scale, Voice
 
 FORMAT = 1
@@ -304,6 +303,7 @@ def _functions(model: Model, platform: str) -> tuple[Callable[..., Any], Callabl
         return jax.lax.fori_loop(0, steps, body, (carry, jnp.zeros((len(before), model.num_levels))))
 
     options = CPU_OPTIONS if platform == "cpu" else None
+    start, step = in_precision(model, start), in_precision(model, step)
     return jax.jit(start), jax.jit(step, donate_argnums=1, compiler_options=options)
 
 
@@ -439,7 +439,6 @@ def _machine() -> dict[str, str]:
     versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
     on_cpu = {"processor": ffi.processor(), "machine code": "on" if ffi.available() else "off"}
     return {
-        "harmonic": harmonic.__version__,
         **versions,
         "device": f"{platform()}, {device.device_kind}",
         "driver": " ".join(device.client.platform_version.split()),
