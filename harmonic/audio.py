@@ -141,14 +141,15 @@ def pcm16(waveform: np.ndarray) -> bytes:
 
 
 def write_wav(path: str | os.PathLike[str], waveform: np.ndarray, sample_rate: int = SAMPLE_RATE) -> None:
-    """Writes float samples [time] in [-1, 1] as a 16-bit PCM WAV file, whole or not at all.
+    """Writes samples [time], floats in [-1, 1] or int16, as a 16-bit PCM WAV file, whole or not at all.
 
     Raises:
       UserError: it cannot be written.
     """
     temporary = f"{os.fspath(path)}.partial"
+    samples = waveform if waveform.dtype == np.int16 else np.clip(waveform, -1, 1)
     with wav_errors(path):
-        soundfile.write(temporary, np.clip(waveform, -1, 1), sample_rate, subtype="PCM_16", format="WAV")
+        soundfile.write(temporary, samples, sample_rate, subtype="PCM_16", format="WAV")
         os.replace(temporary, path)
 
 

@@ -21,7 +21,7 @@ from harmonic.config import Config
 from harmonic.data import EvaluationBatch, Split, evaluation_batches
 from harmonic.errors import UserError
 from harmonic.metrics import Progress
-from harmonic.models.base import Model
+from harmonic.models.base import Model, in_precision
 
 _MARKOV_LEVELS = 4_096  # beyond, a table of pairs is neither small nor ever filled
 
@@ -50,6 +50,7 @@ class Likelihood:
 @functools.lru_cache(maxsize=8)
 def _segment_function(model: Model) -> Callable[..., tuple[jax.Array, Any]]:
     @jax.jit
+    @functools.partial(in_precision, model)
     def segment(params, tokens, labels, left, state):
         """Nats of each row, [batch]; `left` is how many of its samples are still to come."""
         outputs, state = model.apply(model.prepare(params), {"tokens": tokens, "label": labels}, state)

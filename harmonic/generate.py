@@ -24,13 +24,13 @@ import numpy as np
 
 from harmonic.errors import UserError
 from harmonic.kernels.target import platform
-from harmonic.models.base import Model, State
+from harmonic.models.base import Model, State, in_precision
 
 LONGEST = 2**31 - 2**16  # samples of a stream: positions are int32
 _MAX_SEED = 2**32  # of what tells two seeds of JAX apart
 _PREFILL = 16_000  # samples of a prompt that are run through the parallel forward at a time
 # A core for itself, and Eigen's products, which have less to set up than YNNPACK's.
-_CPU_OPTIONS = {"xla_cpu_multi_thread_eigen": False, "xla_cpu_experimental_ynn_fusion_type": ""}
+CPU_OPTIONS = {"xla_cpu_multi_thread_eigen": False, "xla_cpu_experimental_ynn_fusion_type": ""}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +48,17 @@ class Chunk:
 
 @functools.lru_cache(maxsize=8)
 def _prefill_function(model: Model) -> Callable[..., State]:
-    return jax.jit(lambda params, inputs, state: model.apply(model.prepare(params), inputs, state)[1])
+    return jax.jit(
+        in_precision(model, lambda params, inputs, state: model.apply(model.prepare(params), inputs, state)[1])
+    )
 
 
 @functools.lru_cache(maxsize=8)
 def _force_function(model: Model) -> Callable[..., State]:
     sampler = model.sampler()
-    return jax.jit(lambda params, inputs, state: sampler.force(sampler.prepare(params), inputs, state))
+    return jax.jit(
+        in_precision(model, lambda params, inputs, state: sampler.force(sampler.prepare(params), inputs, state))
+    )
 
 
 def prefill_piece(model: Model) -> int:
@@ -90,7 +94,8 @@ def prefill(
 def _chunk_function(model: Model, size: int, platform: str) -> Callable[..., Any]:
     sampler = model.sampler()
 
-    @functools.partial(jax.jit, compiler_options=_CPU_OPTIONS if platform == "cpu" else None)
+    @functools.partial(jax.jit, compiler_options=CPU_OPTIONS if platform == "cpu" else None)
+    @functools.partial(in_precision, model)
     def run(
         weights, conditions, state: State, keys: jax.Array, first: jax.Array, steps: jax.Array, settings: jax.Array
     ):
@@ -264,7 +269,7 @@ def generate(
 
 @functools.lru_cache(maxsize=8)
 def _prepare_function(model: Model) -> Callable[..., Any]:
-    return jax.jit(model.sampler().prepare)
+    return jax.jit(in_precision(model, model.sampler().prepare))
 
 
 def _cores() -> int:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from harmonic import mesh as meshes
 from harmonic.config import Config
 from harmonic.errors import check
-from harmonic.models.base import Model, ParamGroup
+from harmonic.models.base import Model, ParamGroup, in_precision
 from harmonic.models.dropout import Dropout
 
 
@@ -165,7 +165,7 @@ def make_loss_and_grad(model: Model, mesh: Mesh, accumulate: int = 1) -> Callabl
             params, batch, words
         )
 
-    return loss_and_grad
+    return in_precision(model, loss_and_grad)
 
 
 def make_train_step(model: Model, config: Config, mesh: Mesh) -> jax.stages.Wrapped:

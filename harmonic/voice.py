@@ -32,6 +32,14 @@ from harmonic.sound.whole import read_sound
 _OPEN_FILES = 256  # streams that `Voice.write` makes side by side: systems allow some 1,000 open files
 
 
+class Scale(NamedTuple):
+    """A recording's samples are multiplied by `factor`, and [low, high] is cut into levels."""
+
+    factor: float
+    low: float
+    high: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Codec:
     """A data set's way from sound to tokens, and back.
@@ -65,16 +73,24 @@ class Codec:
 
     def encode(self, waveform: np.ndarray) -> np.ndarray:
         """Tokens [time, 1] of a whole recording, floats [time], scaled as the data set's recordings are."""
+        return self.quantise(waveform, self.scale(waveform))
+
+    def scale(self, waveform: np.ndarray) -> Scale:
+        """How a whole recording, floats [time], is scaled."""
         sound = np.asarray(waveform, np.float32)
         low, high = float(sound.min()), float(sound.max())
-        factor = None
         if audio.no_sound(low, high) and not self.published:
-            factor = 0.0
-        elif self.loudness is not None:
+            return Scale(0.0, -1.0, 1.0)
+        if self.loudness is not None:
             factor = loudness.gain(lambda: _blocks(sound), max(abs(low), abs(high)), self.loudness)
-        if factor is not None:
-            sound, low, high = sound * np.float32(factor), -1.0, 1.0
-        return audio.encode(sound, self.encoding, low=low, high=high, num_levels=self.num_levels)[:, None]
+            return Scale(factor, -1.0, 1.0)
+        return Scale(1.0, low, high)
+
+    def quantise(self, waveform: np.ndarray, scale: Scale) -> np.ndarray:
+        """Tokens [time, 1] of floats [time] from a recording of that scale."""
+        sound = np.asarray(waveform, np.float32) * np.float32(scale.factor)
+        bounds = {"low": scale.low, "high": scale.high}
+        return audio.encode(sound, self.encoding, **bounds, num_levels=self.num_levels)[:, None]
 
     def prompt(
         self,

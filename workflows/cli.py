@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import app, flags, logging
 
@@ -17,7 +17,11 @@ from harmonic.config import Config, load_config, override
 from harmonic.errors import UserError
 from harmonic.records import MANIFEST_NAME
 
+if TYPE_CHECKING:
+    from harmonic.voice import Voice
+
 FLAGS = flags.FLAGS
+_BOXED = "piano"  # the model in the box that is taken if none is named
 
 flags.DEFINE_string(
     "config", None, "a name in configs/ (such as demo or sc09), a path to a .py, or a saved config.json"
@@ -41,6 +45,39 @@ def data_folder(dataset: str) -> Path:
     """The folder of a prepared data set: in --data_dir, or --data_dir itself."""
     folder = Path(FLAGS.data_dir)
     return folder if (folder / MANIFEST_NAME).exists() else folder / dataset
+
+
+def define_model_flag() -> flags.FlagHolder[str | None]:
+    """Defines the flag of mains that take a trained model from anywhere; see `voice_from_flags`."""
+    about = "an export's folder, USER/NAME on the hub, or the name of a model in the box"
+    return flags.DEFINE_string("model", None, about)
+
+
+def voice_from_flags(model: str | None) -> tuple[str, Voice]:
+    """The model of --workdir or --model, or that in the box, and what it is called.
+
+    Raises:
+      UserError: several are given, or there is none.
+    """
+    import harmonic  # loads JAX, as a run's weights do
+    from harmonic.pretrained import in_the_box
+    from harmonic.run import Run
+    from harmonic.voice import Codec, Voice
+
+    if FLAGS.config or FLAGS.set:
+        raise UserError("a model comes with its own config: give --workdir or --model alone")
+    if FLAGS.workdir and model:
+        raise UserError("--workdir and --model are two models: give one of them")
+    name = FLAGS.workdir or model or _BOXED
+    if FLAGS.workdir:
+        run = Run(FLAGS.workdir)
+        trained = run.weights()
+        voice = Voice(trained.model, trained.params, Codec.of(run.manifest))
+    elif not model and _BOXED not in in_the_box():
+        raise UserError(f"there is no model {_BOXED} in the box; give --workdir=RUN or --model=EXPORT_OR_HUB_ID")
+    else:
+        voice = harmonic.load(name).voice
+    return Path(name).resolve().name, voice
 
 
 def define_process_flags() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ Params = dict[str, Any]  # nested, of arrays
 Weights = Any  # a pytree: parameters as `apply` multiplies by them
 State = Any  # a pytree
 Inputs = Mapping[str, jax.Array]
+_Result = TypeVar("_Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +213,21 @@ class Model(Protocol):
         """Bytes of a state; of a full one, where it grows."""
         state = jax.eval_shape(lambda: self.init_state(batch))
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def in_precision(model: Model, program: Callable[..., _Result]) -> Callable[..., _Result]:
+    """The program, its products of float32 matrices in the precision that the model's config asks for.
+
+    Whatever runs a model is traced through this: loss and gradient, evaluation, prompts, generation. It goes around the
+    whole program, as derivatives are traced outside the model's methods.
+    """
+
+    @functools.wraps(program)
+    def traced(*args: Any, **kwargs: Any) -> _Result:
+        with jax.default_matmul_precision(model.config.precision):
+            return program(*args, **kwargs)
+
+    return traced
 
 
 class Sampler:

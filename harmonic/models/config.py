@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +27,19 @@ class ModelConfig:
 
     Attributes:
       kind: the model's folder in harmonic/models.
+      precision: least precision of products of float32 matrices in training, evaluation and generation, as JAX names
+        it. high: TF32 on GPUs that have it, three passes of bfloat16 on TPU; highest: float32; default: what JAX takes
+        by itself, TF32 on GPUs and one pass of bfloat16 on TPU. On a CPU all three are float32. Sums are float32 in any
+        case; the kernels in Pallas multiply no matrices. The default is high: on a GPU that is what JAX takes by itself
+        and so what the paper's figures were made with, and on a TPU no product falls below it.
     """
 
     kind: str = ""
+    precision: Literal["default", "high", "highest"] = "high"
     about: ClassVar[About]
-    # Fields that decide neither the parameters nor, but for rounding, what is computed: a run may change them.
-    free: ClassVar[tuple[str, ...]] = ()
+    # Fields that decide neither the parameters nor, but for rounding, what is computed: a run may change them. A kind
+    # that adds some keeps these.
+    free: ClassVar[tuple[str, ...]] = ("precision",)
     # Fields that decide no parameter: weights may be read with others.
     not_in_architecture: ClassVar[tuple[str, ...]] = ()
     # Whether a sequence may be cut over devices. A recurrence that is not linear must run in order.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import os
 import re
 import struct
@@ -20,7 +21,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from llvmlite import ir
+from llvmlite import binding, ir
 
 from harmonic.kernels.cpu.llvm import (
     BYTE,
@@ -63,6 +64,12 @@ def obstacle() -> str | None:
         wanted = f"{_MAJOR}.{_MINOR} or a later {_MAJOR}.x"
         return f"XLA's foreign function interface has version {major}.{minor}, and {wanted} is needed"
     return None
+
+
+def processor() -> str:
+    """The name of this machine's processor, and a digest of its features: what machine code is compiled for."""
+    features = binding.get_host_cpu_features().flatten()
+    return f"{binding.get_host_cpu_name()} {hashlib.sha256(features.encode()).hexdigest()[:8]}"
 
 
 def available() -> bool:

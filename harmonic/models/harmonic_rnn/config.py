@@ -36,7 +36,7 @@ class ModelConfig(config.ModelConfig):
         for all levels, or one a level, from the outermost to the innermost.
       max_angle: initial angles are uniform from 0 to this many pi; one number, or one a level.
       activations: type of what the parallel forward and its gradient keep between layers; parameters, states, norms and
-        logits are float32 in any case, and so is generation.
+        logits are float32 in any case, and so is generation; `precision` is that of their products.
       kernel: implementation of the recurrence, to compare one with another: a name of `kernels.IMPLEMENTATIONS`; auto
         picks by platform.
     """
@@ -44,7 +44,7 @@ class ModelConfig(config.ModelConfig):
     about: ClassVar[config.About] = config.About(
         "HarmonicRNN", "a deep linear RNN that generates raw audio sample by sample", "2510.02401"
     )
-    free: ClassVar[tuple[str, ...]] = ("kernel",)
+    free: ClassVar[tuple[str, ...]] = (*config.ModelConfig.free, "kernel")
     not_in_architecture: ClassVar[tuple[str, ...]] = (
         "dropout", "embedding_dropout", "min_radius", "max_radius", "max_angle"
     )  # fmt: skip
