@@ -2,10 +2,10 @@
 
     python -m workflows.full_run --config=sc09_best --source=sc09.zip
 
-Two days at 1.6 million samples a second, the paper's rate on a TPU v4-8; one H100 or H200 holds it. Not run; the aim is
-below the paper's 1.848 bits per sample. Muon, a rate that falls to zero, windows of a quarter of a second for the first
-three quarters, recurrences that begin at all frequencies and with long memories, and a mixture of logistics:
-BUILD_NOTES.md, "Quality", has what each gave in short runs at this size.
+Two days at 1.6 million samples a second, the paper's rate on a TPU v4-8. Not run; the aim is below the paper's 1.848
+bits per sample. Muon, a rate that falls to zero, windows of a quarter of a second for the first three quarters,
+recurrences that begin at all frequencies and with long memories, and a mixture of logistics: what each is worth was
+measured in reduced models (`--study=recipe`). At this size only some dozens of small steps were compared.
 """
 
 import dataclasses

@@ -45,6 +45,10 @@ flags.adopt_module_key_flags(cli)
 
 def main() -> None:
     """Prints the description."""
+    import jax
+
+    if not jax.config.jax_platforms:  # type: ignore[attr-defined]
+        jax.config.update("jax_platforms", "cpu")  # no device is needed, nor taken from another process
     config = cli.config_from_flags()
     compiled_for = None if _COMPILE_FOR.value is None else target(_COMPILE_FOR.value)
     device_bytes = 16 << 30 if compiled_for is None else compiled_for.device.memory

@@ -50,8 +50,6 @@ def cg_lru(
     axis: str | None = None,
 ) -> tuple[jax.Array, Pair]:
     """`kernels.cg_lru` on the platform of `tile`."""
-    batch, time, channels = *u.shape[:2], decay.shape[0]
-    parameters = (*jnp.reshape(bias, (4, channels)), decay, theta)
-    inputs = (u.reshape(batch, time, 4, channels),)
-    (h,), h_last = scan.scan(coefficients, tile, axis, (2,), inputs, parameters, h0)
-    return h.reshape(batch, time, 2 * channels), h_last
+    parameters = (*jnp.split(bias, 4), decay, theta)
+    (h,), h_last = scan.scan(coefficients, tile, axis, (2,), (u,), parameters, h0)
+    return h, h_last

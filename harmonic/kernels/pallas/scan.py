@@ -18,7 +18,7 @@ Passes over memory of the fused CG-LRU, in arrays of [batch, time, channels] (th
     one chunk, TPU    4 + 2 = 6                 4 inputs + 2 h + 2 dh + 4 gradients = 12
     chunks            4 + 6 = 10                1 gate + 2 dh + 12 = 15
 
-On GPU the gates, h and their gradients have their parts side by side, [batch, time, parts, channels], as the products
+On GPU the gates, h and their gradients have their parts side by side, [batch, time, parts * channels], as the products
 before and after make and take them; biases are added, and their gradients summed, in the kernels. A checkpointed block
 keeps the states that enter its chunks, so that its backward pass does not make the first pass again (unsharded).
 
@@ -56,7 +56,7 @@ _UNROLL = 4  # rows whose loads are in flight together
 class Tiling(abc.ABC):
     """How a platform divides [batch, time, channels] among the programs of a kernel; the grid's last axis is time.
 
-    Arrays over time have several parts of such channels side by side: [batch, time, parts, channels].
+    Arrays over time have several parts of such channels side by side: [batch, time, parts * channels].
 
     Attributes:
       joined: whether a kernel reads and writes all parts of an array where they are; else each is an array of its own.
@@ -93,7 +93,8 @@ class Tiling(abc.ABC):
 
     @abc.abstractmethod
     def rows(self, parts: int, reverse: bool) -> pl.BlockSpec:
-        """The window on arrays over time: joined ones, or with one part arranged ones."""
+        """The window on arrays over time: on [batch, time, parts, channels] where they are joined, else on an arranged
+        part."""
 
     @abc.abstractmethod
     def parameter(self, v: jax.Array) -> tuple[jax.Array, pl.BlockSpec]:
@@ -138,27 +139,27 @@ def _walk(
     """Scans `step(row, previous row, parameters, carry) -> (carry, output row)` over the time of each chunk.
 
     Args:
-      rows: [batch, time, parts, channels]; a step is given the rows of all their parts at t.
+      rows: [batch, time, parts * channels]; a step is given the rows of all their parts at t.
       carry: [batch, chunks, channels] with which each chunk starts, or a number.
       parameters: [channels].
-      previous: [batch, time, parts, channels]; a step is given the rows of all their parts at t - 1.
+      previous: [batch, time, parts * channels]; a step is given the rows of all their parts at t - 1.
       borders: of each of these parts the row before each block, [batch, blocks, channels]: a program sees no rows but
         its own.
       dtype: what the rows are computed in.
       outputs: (parts, type) of each array that a step writes rows of.
 
     Returns:
-      (outputs [batch, time, parts, channels], carry after each chunk [batch, chunks, channels]).
+      (outputs [batch, time, parts * channels], carry after each chunk [batch, chunks, channels]).
     """
     block_spec, chunk_spec = tiling.specs(reverse)
     starts = [v for v in carry if not isinstance(v, float)]
 
     def cut(v: jax.Array) -> list[tuple[Any, pl.BlockSpec]]:
         """An array over time as the kernel takes it."""
-        parts = v.shape[2]
+        parts = v.shape[2] // tiling.channels
         if tiling.joined:
-            return [(v, tiling.rows(parts, reverse))]
-        return [(tiling.arrange(v[:, :, i]), tiling.rows(1, reverse)) for i in range(parts)]
+            return [(v.reshape(*v.shape[:2], parts, -1), tiling.rows(parts, reverse))]
+        return [(tiling.arrange(part), tiling.rows(1, reverse)) for part in jnp.split(v, parts, axis=-1)]
 
     operands: list[list[tuple[Any, pl.BlockSpec]]] = [
         [pair for v in rows for pair in cut(v)],
@@ -244,12 +245,12 @@ def _walk(
     )(*values)
     number = len(results[0])
     over_time = iter(written[:number])
-    joined = [
-        next(over_time)
-        if tiling.joined
-        else jnp.concatenate([tiling.restore(next(over_time))[:, :, None] for _ in range(parts)], axis=2)
-        for parts, _ in outputs
-    ]
+    joined = []
+    for parts, _ in outputs:
+        if tiling.joined:
+            joined.append(next(over_time).reshape(tiling.batch, tiling.time, -1))
+        else:
+            joined.append(jnp.concatenate([tiling.restore(next(over_time)) for _ in range(parts)], axis=-1))
     return joined, [tiling.restore(v) for v in written[number:]]
 
 
@@ -308,8 +309,7 @@ def _starts(tile: Tile, maps: Sequence[jax.Array] | None, entering: Pair, axis: 
         return tuple(v[:, None] for v in entering), None
     chunks, dtype = maps[0].shape[1], maps[0].dtype
     tiling = tile(*maps[0].shape, 1)
-    rows = [v[:, :, None] for v in (*maps[2:], *maps[:2])]
-    walk = functools.partial(_walk, tiling=tiling, rows=rows, dtype=dtype, reverse=reverse)
+    walk = functools.partial(_walk, tiling=tiling, rows=(*maps[2:], *maps[:2]), dtype=dtype, reverse=reverse)
     leaving = None
     if axis is not None:
         whole = maps
@@ -320,8 +320,8 @@ def _starts(tile: Tile, maps: Sequence[jax.Array] | None, entering: Pair, axis: 
         entering, leaving = exchange_carries((p_re, p_im), (h_re, h_im), entering, axis, reverse=reverse)
     starts = tuple(v[:, None] for v in entering)
     if chunks > 1:
-        h, _ = walk(_write_before, carry=starts, outputs=[(1, dtype)] * 2, name="compose_chunks")
-        starts = tuple(v[:, :, 0] for v in h)
+        before, _ = walk(_write_before, carry=starts, outputs=[(1, dtype)] * 2, name="compose_chunks")
+        starts = tuple(before)
     return starts, leaving
 
 
@@ -342,12 +342,12 @@ def scan(
       tile: the platform, `gpu.tile` or `tpu.tile`.
       axis: inside `jax.shard_map`, the mesh axis that time is cut over; h0 must be the same on all its shards.
       parts: (2,) for h as one array, its real and imaginary parts side by side, or (1, 1) for two arrays.
-      inputs: [batch, time, parts, channels]; this shard's piece.
+      inputs: [batch, time, a number of parts * channels]; this shard's piece.
       parameters: [channels]. Their gradients are this shard's share.
       h0: [batch, channels].
 
     Returns:
-      (h, arrays [batch, time, parts, channels] of the first input's type; h_last [batch, channels], the state after
+      (h, arrays [batch, time, parts * channels] of the first input's type; h_last [batch, channels], the state after
       the whole sequence, of h0's type).
     """
     outputs, _ = _forward(coefficients, tile, axis, parts, inputs, parameters, h0)
@@ -368,7 +368,7 @@ def _forward(
     h0: Pair,
 ):
     axis = _sharded(axis)
-    tiling = _tiling(tile, inputs)
+    tiling = _tiling(tile, inputs, h0)
     walk = functools.partial(_walk, tiling=tiling, rows=inputs, parameters=parameters, dtype=h0[0].dtype)
     maps = None
     if axis is not None or tiling.chunks > 1:
@@ -385,9 +385,9 @@ def _forward(
     return (tuple(h), h_last), (inputs, parameters, tuple(h), starts)
 
 
-def _tiling(tile: Tile, inputs: Rows) -> Tiling:
-    batch, time, _, channels = inputs[0].shape
-    return tile(batch, time, channels, None)
+def _tiling(tile: Tile, inputs: Rows, state: Pair) -> Tiling:
+    batch, channels = state[0].shape
+    return tile(batch, inputs[0].shape[1], channels, None)
 
 
 def _backward(coefficients: Coefficients, tile: Tile, axis: str | None, parts: tuple[int, ...], residuals, cotangents):
@@ -396,7 +396,7 @@ def _backward(coefficients: Coefficients, tile: Tile, axis: str | None, parts: t
     axis = _sharded(axis)
     if axis is not None:  # every shard has a copy of h_last, which is the last shard's: their cotangents add up
         dh_last = jax.lax.psum(dh_last, axis)
-    tiling = _tiling(tile, inputs)
+    tiling = _tiling(tile, inputs, dh_last)
     dtype = entered[0].dtype
     rows = (*inputs, *dh)
     walk = functools.partial(_walk, tiling=tiling, rows=rows, parameters=parameters, dtype=dtype, reverse=True)
@@ -408,14 +408,14 @@ def _backward(coefficients: Coefficients, tile: Tile, axis: str | None, parts: t
     borders = entered
     if tiling.blocks > tiling.chunks:
         ends = slice(tiling.length - 1, tiling.time - 1, tiling.length)
-        last_rows = [v[:, ends, i] for v in h for i in range(v.shape[2])]
+        last_rows = [part for v in h for part in jnp.split(v[:, ends], v.shape[2] // tiling.channels, axis=-1)]
         borders = [jnp.concatenate([a.astype(b.dtype), b], axis=1) for a, b in zip(entered, last_rows, strict=True)]
     gradients, last = walk(
         functools.partial(_write_backward, coefficients),
         carry=(*starts, *(0.0 for _ in parameters)),
         previous=h,
         borders=borders,
-        outputs=[(v.shape[2], v.dtype) for v in inputs],
+        outputs=[(v.shape[2] // tiling.channels, v.dtype) for v in inputs],
         name="scan_backward",
     )
     if dh0 is None:
@@ -431,5 +431,5 @@ scan.defvjp(_forward, _backward)
 
 def linear_scan(tile: Tile, x: Pair, a: Pair, h0: Pair, axis: str | None = None) -> tuple[Pair, Pair]:
     """`kernels.linear_scan` on the platform of `tile`."""
-    (h_re, h_im), h_last = scan(identity, tile, axis, (1, 1), tuple(v[:, :, None] for v in (*x, *a)), (), h0)
-    return (h_re[:, :, 0], h_im[:, :, 0]), h_last
+    (h_re, h_im), h_last = scan(identity, tile, axis, (1, 1), (*x, *a), (), h0)
+    return (h_re, h_im), h_last
