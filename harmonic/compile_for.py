@@ -155,12 +155,12 @@ def _answer(folder: Path) -> None:
     compiled = lowered.compile()
     seconds = time.monotonic() - start
 
-    text = compiled.as_text()
+    text, stats = compiled.as_text(), compiled.memory_analysis()
+    assert text is not None and stats is not None, "the compiler tells neither the program nor its memory"
     (folder / "program.hlo").write_text(text)
     found = traffic.kernels(
         text, unknown=None if train else (lambda depth: 1 if depth else CHUNK), on_chip=device.platform == "tpu"
     )
-    stats = compiled.memory_analysis()
     outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
     held = {
         "arguments": stats.argument_size_in_bytes,

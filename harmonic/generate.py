@@ -91,7 +91,7 @@ def prefill(
 
 
 @functools.lru_cache(maxsize=8)
-def _chunk_function(model: Model, size: int, platform: str) -> Callable[..., Any]:
+def _chunk_function(model: Model, size: int, platform: str) -> jax.stages.Wrapped:
     sampler = model.sampler()
 
     @functools.partial(jax.jit, compiler_options=CPU_OPTIONS if platform == "cpu" else None)

@@ -122,7 +122,7 @@ class _Walk:
         shapes = [computation.instructions[n].shape for n in i.operands]
         if i.opcode == "fusion":
             called = self._program.called(i, "calls")
-            read = sum(min(self._bytes(s), self._read(called, n)) for n, s in enumerate(shapes) if self._bytes(s))
+            read = sum(int(min(self._bytes(s), self._read(called, n))) for n, s in enumerate(shapes) if self._bytes(s))
             return read, self._written(called, called.root, i.shape)
         result = i.shape
         if i.opcode.endswith("-start"):  # its shape holds its operands as well

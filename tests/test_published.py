@@ -26,7 +26,7 @@ def test_rows_differ_and_every_figure_has_a_source():
 def test_a_kind_names_its_rows_and_papers_name_the_others():
     about = models.about(models.DEFAULT_KIND)
     titles = [row.title for row in RESULTS if row.paper == about.arxiv]
-    assert len(titles) == 4 and all(title.split(",")[0] == about.name for title in titles)
+    assert len(titles) >= 4 and all(title.split(",")[0] == about.name for title in titles)
     others = {row.title.split(",")[0] for row in RESULTS if row.paper and row.paper != about.arxiv}
     assert others == {"SampleRNN", "WaveNet", "SaShiMi", "Mamba"}
     assert Row("sc09", "2606.00001", "large", {}).title == "2606.00001, large"

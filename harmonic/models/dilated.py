@@ -105,7 +105,7 @@ class Dilated:
         """The same for one sample: x [batch, width]; `position` counts samples since a segment's start.
 
         `state` and what it returns are by cycle: a tuple of tuples [batch, dilation, width], each a ring in which
-        sample t lies at t modulo the dilation.
+        sample t is at t modulo the dilation.
         """
         total, after = None, []
         for cycle, queues in enumerate(state):

@@ -35,9 +35,8 @@ class ModelConfig(config.ModelConfig):
     layers: int = 10
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self)[1:]:
-            value = getattr(self, field.name)
-            check(value >= 1, f"model.{field.name}", value, "at least 1")
+        for name in ("embedding_width", "width", "skip_width", "end_width", "cycles", "layers"):
+            check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
         check(self.layers <= 20, "model.layers", self.layers, "at most 20")
 
     @property
