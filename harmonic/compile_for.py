@@ -82,7 +82,7 @@ def compile_for(
             dump = f"--xla_dump_to={folder}/dump --xla_dump_hlo_module_re=jit_(step_function|run)"
             environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {dump}".strip()
         child = subprocess.run(
-            [sys.executable, "-m", "harmonic.compile_for", str(folder)], env=environment, capture_output=True, text=True
+            [sys.executable, "-c", _CHILD, str(folder)], env=environment, capture_output=True, text=True
         )
         if child.returncode or not answer.exists():
             raise _failure(config, target, child.stderr)
@@ -91,6 +91,9 @@ def compile_for(
     if held["total"] > held["device"]:
         raise _does_not_fit(config, target, what, held["total"])
     return told
+
+
+_CHILD = "import sys; from pathlib import Path; from harmonic.compile_for import _answer; _answer(Path(sys.argv[1]))"
 
 
 def _check_wheels(target: Target) -> None:
@@ -310,7 +313,3 @@ def _ptxas() -> Path | None:
             if file.name == "ptxas":
                 return Path(str(file.locate()))
     return None
-
-
-if __name__ == "__main__":
-    _answer(Path(sys.argv[1]))
