@@ -36,7 +36,8 @@ ALLOWED = {
 # Within the library: who stands below whom. A part imports only what stands before it.
 ORDER = """errors files locks audio loudness spectrogram records sound kernels models config processes mesh
     published data metrics checkpoint run hlo traffic devices describe evaluate generate voice compress hub report
-    pretrained model_card export stages step evaluators train perceptual nearest likeness study listen compile_for""".split()
+    pretrained model_card export stages step evaluators train perceptual nearest likeness study listen
+    compile_for""".split()
 # Within the pipelines: a recording's way is sources -> audio -> beam; sources and audio do not know each other.
 ROOMS = "errors limits paths sources audio beam inspection own_config build console prepare inspect".split()
 APART = ("sources", "audio")
