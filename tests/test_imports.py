@@ -34,9 +34,10 @@ ALLOWED = {
     "workflows": {"workflows", "pipelines", "configs", "harmonic"},
 }
 # Within the library: who stands below whom. A part imports only what stands before it.
-ORDER = """errors files locks audio loudness spectrogram records sound kernels models config processes mesh published
-    data metrics checkpoint run hlo describe evaluate generate voice hub report pretrained model_card export stages step
-    evaluators train perceptual nearest likeness study listen""".split()
+ORDER = """errors files locks audio loudness spectrogram records sound kernels models config processes mesh
+    published data metrics checkpoint run hlo traffic devices describe evaluate generate voice hub report
+    pretrained model_card export stages step compile_for evaluators train perceptual nearest likeness study
+    listen""".split()
 # Within the pipelines: a recording's way is sources -> audio -> beam; sources and audio do not know each other.
 ROOMS = "errors limits paths sources audio beam inspection own_config build console prepare inspect".split()
 APART = ("sources", "audio")
