@@ -31,6 +31,7 @@ CHUNK = 100  # samples that a generation program makes; what is told is of one o
 _WHEELS = {"tpu": (("libtpu",), "tpu"), "cuda": (("jax_cuda12_plugin", "jax_cuda13_plugin"), "cuda12")}
 _OWN = ("__gpu$xla.gpu.triton", "triton_kernel_call", "tpu_custom_call")  # what Pallas compiles to
 _DEAREST = 10
+_CHILD = "import sys; from harmonic.compile_for import answer; answer(sys.argv[1])"
 
 
 def compile_for(
@@ -71,8 +72,8 @@ def compile_for(
     with tempfile.TemporaryDirectory(prefix="harmonic_compile_") as scratch:
         folder = Path(keep or scratch).absolute()
         folder.mkdir(parents=True, exist_ok=True)
-        answer = folder / "answer.json"
-        answer.unlink(missing_ok=True)
+        answered = folder / "answer.json"
+        answered.unlink(missing_ok=True)
         shutil.rmtree(folder / "dump", ignore_errors=True)
         (folder / "request.json").write_text(json.dumps(request))
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
@@ -84,16 +85,13 @@ def compile_for(
         child = subprocess.run(
             [sys.executable, "-c", _CHILD, str(folder)], env=environment, capture_output=True, text=True
         )
-        if child.returncode or not answer.exists():
+        if child.returncode or not answered.exists():
             raise _failure(config, target, child.stderr)
-        told = json.loads(answer.read_text())
+        told = json.loads(answered.read_text())
     held = told["held"]
     if held["total"] > held["device"]:
         raise _does_not_fit(config, target, what, held["total"])
     return told
-
-
-_CHILD = "import sys; from pathlib import Path; from harmonic.compile_for import _answer; _answer(Path(sys.argv[1]))"
 
 
 def _check_wheels(target: Target) -> None:
@@ -132,14 +130,15 @@ def _failure(config: Config, target: Target, log: str) -> Exception:
     return RuntimeError(f"compiling for {target.kind} failed:\n{log[-4_000:]}")
 
 
-def _answer(folder: Path) -> None:
-    """In the process of its own: reads the request, writes the answer."""
+def answer(name: str) -> None:
+    """In the process of its own: reads the request in a folder, and writes the answer there."""
     import jax
 
     from harmonic import generate, hlo, models, step, traffic
     from harmonic.kernels.target import compiling_for
     from harmonic.mesh import mesh_of
 
+    folder = Path(name)
     request = json.loads((folder / "request.json").read_text())
     config, target = dearest_stage(from_dict(request["config"])), named(request["target"])
     train, device = request["what"] == "train", target.device
