@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from harmonic.kernels import linear_scan
 from harmonic.kernels.context_parallel import exchange_carries
 from harmonic.kernels.dense import beside
 
@@ -100,8 +101,6 @@ def _joined(pair: tuple[jax.Array, jax.Array], a: jax.Array, like: jax.Array) ->
 
 
 def _run(inputs: Inputs, a: jax.Array, h0: jax.Array) -> tuple[jax.Array, jax.Array]:
-    from harmonic.kernels import linear_scan  # the doors import the kernels
-
     batch, time, width = inputs.u.shape
     size = min(_CHUNK, time)
     chunks = -(-time // size)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from harmonic.kernels import linear_scan
 from harmonic.kernels.context_parallel import left_halo
 from harmonic.kernels.dense import beside
 
@@ -163,8 +164,6 @@ def _scan_diagonal(
     log_a: jax.Array, added: jax.Array, size: int, rest: int, h0: jax.Array, axis: str | None
 ) -> tuple[jax.Array, jax.Array]:
     """As `_scan_dense`, for chunks of `size` samples, the last one of `rest` where that is not 0."""
-    from harmonic.kernels import linear_scan  # the doors import the kernels
-
     _, chunks, width, numbers = added.shape
     lengths = jnp.full(chunks, size).at[-1].set(rest or size).astype(log_a.dtype)
     a = jnp.exp(log_a[None] * lengths[:, None, None]).reshape(1, chunks, -1)
