@@ -20,6 +20,7 @@ from harmonic.generate import LONGEST, generate
 from harmonic.mesh import make_mesh
 from harmonic.models import make
 from harmonic.models.categorical import sample
+from harmonic.models.config import ModelConfig
 from harmonic.models.dropout import Dropout, dropout
 from harmonic.step import make_loss_and_grad
 
@@ -73,6 +74,7 @@ def test_dropout_of_nearly_all():
 
 def test_a_batch_of_more_samples_than_an_int32_counts():
     model = types.SimpleNamespace(
+        config=ModelConfig(),
         prepare=lambda params: params,
         nats=lambda weights, inputs, lengths, **_: weights["w"] * math.log(2) * 2.0**31,
     )
