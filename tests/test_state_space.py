@@ -10,7 +10,7 @@ from harmonic.models.sashimi.layers import hippo
 
 pytestmark = pytest.mark.laws
 WIDTH, MODES = 3, 4
-LENGTHS = (1, 2, 63, 64, 65, 150)
+LENGTHS = (1, 64, 65, 150)
 
 
 def draw(*shape, dtype=np.float64, seed=0):
@@ -84,7 +84,7 @@ def test_hippo_is_the_normal_plus_low_rank_matrix(x64):
     np.testing.assert_allclose(np.sort(values.real), -np.arange(2 * MODES, 0, -1), rtol=1e-9)
 
 
-@pytest.mark.parametrize("length", [2, 7, 64, 100])
+@pytest.mark.parametrize("length", [7, 64])
 def test_kernel_against_dense_powers_and_the_published_transform(x64, length):
     """The bilinear rule with dense matrices; and S4's generating function at the roots of unity (2111.00396, C.3).
 
@@ -126,7 +126,7 @@ def selective_inputs(length, numbers, seed=0):
     )
 
 
-@pytest.mark.parametrize("length", [1, 127, 128, 200])
+@pytest.mark.parametrize("length", [127, 200])
 @pytest.mark.parametrize("kind", ["real", "complex"])
 def test_selective_scan_is_its_recurrence(x64, kind, length):
     a = -jnp.abs(draw(WIDTH, MODES, seed=5)) if kind == "real" else complex_draw(WIDTH, MODES, seed=5) - 3
