@@ -1,7 +1,7 @@
 """The laws of a model, for every kind: a new folder in harmonic/models is tested here without a word.
 
 A kind's config.py may hold `SMALL`, a config for these tests (without it they take `ModelConfig()`), and `VARIANTS`,
-others by name. Every kind passes laws 1, 2, 3 and 7 in their first cases here, the default kind all laws in six. The
+others by name. Every kind passes laws 1, 2, 3 and 7 in their first cases here, the default kind all laws in four. The
 other cases, and the variants, are slow: `python -m pytest -m laws tests/test_laws.py -k sashimi` runs all of a kind.
 Laws 5 and 8 are those of a run's folder and of a data set, which know nothing of models: test_train, test_kills,
 test_export.
@@ -45,7 +45,7 @@ def cases(*others, peers=True):
     for kind in models.kinds():
         for name, config in small(kind).items():
             for number, other in enumerate(others or [()]):
-                slow = name != kind or number > (5 if kind == models.DEFAULT_KIND else 0 if peers else -1)
+                slow = name != kind or number > (3 if kind == models.DEFAULT_KIND else 0 if peers else -1)
                 marks = [pytest.mark.slow] if slow else []
                 identity = "-".join([name, *map(str, (getattr(value, "__name__", value) for value in other))])
                 found.append(pytest.param(models.make(config), *other, marks=marks, id=identity))

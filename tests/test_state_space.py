@@ -8,7 +8,6 @@ import pytest
 from harmonic.kernels import selective, state_space
 from harmonic.models.sashimi.layers import hippo
 
-pytestmark = pytest.mark.laws
 WIDTH, MODES = 3, 4
 LENGTHS = (1, 64, 65, 150)
 
