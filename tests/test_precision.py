@@ -68,8 +68,11 @@ def test_every_product_has_the_precision(kind, precision):
     assert products[0] > products[1] > 0  # the backward pass has products of its own
 
 
+_EVERY_KIND = [pytest.param(k, marks=[] if k == models.DEFAULT_KIND else pytest.mark.slow) for k in models.kinds()]
+
+
 @pytest.mark.laws
-@pytest.mark.parametrize("kind", models.kinds())
+@pytest.mark.parametrize("kind", _EVERY_KIND)
 def test_no_bit_depends_on_it_on_a_cpu(kind):
     """Of a loss and its gradient."""
     made = []
