@@ -9,28 +9,13 @@ claim is a lower likelihood than SaShiMi's with about as many parameters; SaShiM
 sample. Not run at this size.
 """
 
-from harmonic.config import Config, DataConfig, EvaluateConfig, GenerateConfig, TrainConfig
+import dataclasses
+
+from configs import million_youtubemix
+from harmonic.config import Config
 from harmonic.models.latent_transformer.config import LARGE
 
 
 def get_config() -> Config:
     """The config."""
-    return Config(
-        name="million_youtubemix_large",
-        model=LARGE,
-        data=DataConfig(dataset="youtubemix", encoding="mu_law", window_length=960_512),
-        train=TrainConfig(
-            steps=100_000,
-            global_batch_size=1,
-            segment_length=16_384,
-            learning_rate=0.001,
-            schedule="cosine",
-            decay_start=0.05,
-            warmup_steps=2_000,
-            weight_decay=0.1,
-            beta2=0.95,
-            clip_norm=1.0,
-        ),
-        evaluate=EvaluateConfig(segment_length=32_768, context_seconds=(1.0, 8.0, 33.0, 60.0)),
-        generate=GenerateConfig(num_samples=8, seconds=60.0, prompt_seconds=8.0),
-    )
+    return dataclasses.replace(million_youtubemix.get_config(), name="million_youtubemix_large", model=LARGE)

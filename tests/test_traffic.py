@@ -7,7 +7,7 @@ import pytest
 from harmonic import hlo, traffic
 
 # 256 floats are 1,024 bytes. The loop runs 5 times: it cuts a row from a table, writes a row into another, and calls a
-# kernel of ours; after it come a product with a workspace, and a loop that ends when a number says so.
+# kernel of the project; after it come a product with a workspace, and a loop that ends when a number says so.
 PROGRAM = """\
 HloModule jit_f, is_scheduled=true, replica_count=1, num_partitions=1
 

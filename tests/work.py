@@ -3,7 +3,8 @@
 import math
 
 import jax
-from jax.extend import core
+
+from harmonic.models.costs import jaxprs
 
 
 def operations(function, *args):
@@ -22,7 +23,7 @@ def _operations(jaxpr):
 
 def _of(equation):
     name, parameters = equation.primitive.name, equation.params
-    inner = [_operations(jaxpr) for value in parameters.values() for jaxpr in _jaxprs(value)]
+    inner = [_operations(jaxpr) for value in parameters.values() for jaxpr in jaxprs(value)]
     if name == "while":
         raise ValueError(f"a loop whose rounds are not known: {equation.source_info}")
     if name == "scan":
@@ -43,14 +44,3 @@ def _of(equation):
         kernel = equation.invars[1].aval.shape
         return 2 * out * math.prod(kernel) // kernel[parameters["dimension_numbers"].rhs_spec[0]]
     return sum(math.prod(getattr(v.aval, "shape", ())) for v in (*equation.invars, *equation.outvars))
-
-
-def _jaxprs(value):
-    """The jaxprs in an equation's parameter."""
-    if isinstance(value, core.ClosedJaxpr):
-        yield value.jaxpr
-    elif isinstance(value, core.Jaxpr):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _jaxprs(item)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
+
+from harmonic.errors import check
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,3 +86,16 @@ class Reduced:
         """The config's fields as Python writes them in a call, without those at their defaults."""
         fields = ((field, getattr(self.config, field.name)) for field in dataclasses.fields(self.config))
         return between.join(f"{field.name}={value!r}" for field, value in fields if value != field.default)
+
+
+def each_level(field: str, value: T | tuple[T, ...], factors: tuple[int, ...]) -> tuple[T, ...]:
+    """A field's values by level, from the outermost to the innermost, where it has one for all levels or one a level.
+
+    Raises:
+      UserError: it has another number of them.
+    """
+    levels = len(factors) + 1
+    values = value if isinstance(value, tuple) else (value,) * levels
+    allowed = f"one value, or {levels} (one for each level of pool_factors={factors}, and the innermost)"
+    check(len(values) == levels, field, value, allowed)
+    return values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -164,7 +164,7 @@ def _work(jaxpr: Any) -> tuple[float, float]:
     dense, elements = 0.0, 0.0
     for equation in jaxpr.eqns:
         name, parameters = equation.primitive.name, equation.params
-        inner = [jaxpr for value in parameters.values() for jaxpr in _jaxprs(value)]
+        inner = [jaxpr for value in parameters.values() for jaxpr in jaxprs(value)]
         out = math.prod(getattr(equation.outvars[0].aval, "shape", ())) if equation.outvars else 0
         if name == "dot_general":
             (contracted, _), _ = parameters["dimension_numbers"]
@@ -183,11 +183,12 @@ def _work(jaxpr: Any) -> tuple[float, float]:
     return dense, elements
 
 
-def _jaxprs(value: Any) -> Any:
+def jaxprs(value: Any) -> Iterator[core.Jaxpr]:
+    """The jaxprs in an equation's parameter."""
     if isinstance(value, core.ClosedJaxpr):
         yield value.jaxpr
     elif isinstance(value, core.Jaxpr):
         yield value
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from _jaxprs(item)
+            yield from jaxprs(item)

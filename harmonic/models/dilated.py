@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from harmonic.kernels.context_parallel import left_halo
 from harmonic.kernels.dense import beside, product
+from harmonic.models import base
 from harmonic.models.base import Params
 from harmonic.models.costs import Exchange, Halo
 from harmonic.models.linear import init_linear, stacked
@@ -141,3 +142,16 @@ class Dilated:
     def exchanges(self) -> tuple[Exchange, ...]:
         """Each layer's halo."""
         return tuple(Halo(f"dilation_{2**i}", 2**i * self.width, times=self.cycles) for i in range(self.layers))
+
+
+class RingSampler(base.Sampler):
+    """For a model with `dilated`, whose state has its queues: each is an array of its own, which the loop changes in
+    place."""
+
+    def enter(self, state: Any) -> Any:
+        """The state with its queues by cycle."""
+        return state._replace(queues=self.model.dilated.by_cycle(state.queues))  # type: ignore[attr-defined]
+
+    def leave(self, carry: Any) -> Any:
+        """Undoes `enter`."""
+        return carry._replace(queues=self.model.dilated.stack(carry.queues))  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ sample t sees the pooled step floor(t / factor) - 1.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from typing import Any, NamedTuple, Protocol
@@ -100,9 +101,9 @@ class UNet(base.Model):
             for name, level in order
         }
 
+    @abc.abstractmethod
     def layers(self, width: int, level: int) -> dict[str, Layer]:
         """The layers of a block, by name, in order."""
-        raise NotImplementedError
 
     def init(self, key: jax.Array) -> Params:
         """Fresh float32 parameters; those of a stack's blocks along a leading axis."""
@@ -317,9 +318,9 @@ class UNet(base.Model):
             exchanges=(*exchanges, Halo("token_edge", 1, differentiated=False)),
         )
 
+    @abc.abstractmethod
     def kept_in_a_block(self, width: int) -> float:
         """Numbers a step that a block's forward and backward pass hold at once."""
-        raise NotImplementedError
 
 
 class Sampler(base.Sampler):

@@ -33,20 +33,12 @@ class UNetConfig(config.ModelConfig):
         check(self.width >= 1, "model.width", self.width, "at least 1")
         check(all(f >= 2 for f in self.pool_factors), "model.pool_factors", self.pool_factors, "factors from 2 on")
         check(self.expand >= 1, "model.expand", self.expand, "at least 1")
-        levels, blocks = len(self.pool_factors) + 1, self.blocks_per_level
-        check(
-            isinstance(blocks, int) or len(blocks) == levels,
-            "model.blocks_per_level",
-            blocks,
-            f"one number, or {levels} (one for each level of pool_factors={self.pool_factors}, and the innermost)",
-        )
-        check(min(self.level_blocks) >= 1, "model.blocks_per_level", blocks, "at least 1")
+        check(min(self.level_blocks) >= 1, "model.blocks_per_level", self.blocks_per_level, "at least 1")
 
     @property
     def level_blocks(self) -> tuple[int, ...]:
         """`blocks_per_level`, one number a level."""
-        blocks = self.blocks_per_level
-        return (blocks,) * (len(self.pool_factors) + 1) if isinstance(blocks, int) else blocks
+        return config.each_level("model.blocks_per_level", self.blocks_per_level, self.pool_factors)
 
     @property
     def level_widths(self) -> tuple[int, ...]:

@@ -74,36 +74,16 @@ class ModelConfig(config.ModelConfig):
         check(w >= 2 and w % 2 == 0, "model.width", w, "an even number from 2 on")
         check(s >= 2 and s % 2 == 0, "model.state_width", s, "an even number from 2 on")
         check(all(f >= 2 for f in self.pool_factors), "model.pool_factors", self.pool_factors, "factors from 2 on")
-        levels = len(self.pool_factors) + 1
-        blocks = self.blocks_per_level
-        check(
-            isinstance(blocks, int) or len(blocks) == levels,
-            "model.blocks_per_level",
-            blocks,
-            f"one number, or {levels} (one for each level of pool_factors={self.pool_factors}, and the innermost)",
-        )
-        check(min(self.level_blocks) >= 1, "model.blocks_per_level", blocks, "at least 1")
+        check(min(self.level_blocks) >= 1, "model.blocks_per_level", self.blocks_per_level, "at least 1")
         groups = self.pool_groups
         check(groups >= 1 and w % groups == 0, "model.pool_groups", groups, f"a divisor of model.width={w}")
-        gated = self.gated
-        allowed = f"true, false, or {levels} of these (one for each level)"
-        check(isinstance(gated, bool) or len(gated) == levels, "model.gated", gated, allowed)
         gates = self.gate_blocks
         check(gates >= 1 and (s // 2) % gates == 0, "model.gate_blocks", gates, f"a divisor of state_width/2={s // 2}")
         for name in ("dropout", "embedding_dropout"):
             p = getattr(self, name)
             check(0 <= p < 1, f"model.{name}", p, "at least 0 and below 1")
-
         check(self.components >= 1, "model.components", self.components, "at least 1")
-        names = ("min_radius", "max_radius", "max_angle")
-        for name in names:
-            value = getattr(self, name)
-            check(
-                isinstance(value, float) or len(value) == levels,
-                f"model.{name}",
-                value,
-                f"one number, or {levels} (one for each level of pool_factors={self.pool_factors}, and the innermost)",
-            )
+        _ = self.level_gated  # refuses another number of levels
         for low, high, angle in self.level_ranges:
             check(0 < low <= high < 1, "model.min_radius", low, f"above 0 and at most max_radius={high}, below 1")
             check(0 < angle <= 2, "model.max_angle", angle, "above 0 and at most 2 (a whole circle)")
@@ -111,21 +91,19 @@ class ModelConfig(config.ModelConfig):
     @property
     def level_ranges(self) -> tuple[tuple[float, float, float], ...]:
         """`min_radius`, `max_radius` and `max_angle` of each level."""
-        ranges = (self.min_radius, self.max_radius, self.max_angle)
-        levels = len(self.pool_factors) + 1
-        return tuple(zip(*((r,) * levels if isinstance(r, float) else r for r in ranges), strict=True))
+        names = ("min_radius", "max_radius", "max_angle")
+        ranges = [config.each_level(f"model.{name}", getattr(self, name), self.pool_factors) for name in names]
+        return tuple(zip(*ranges, strict=True))
 
     @property
     def level_gated(self) -> tuple[bool, ...]:
         """`gated`, one a level."""
-        gated = self.gated
-        return (gated,) * (len(self.pool_factors) + 1) if isinstance(gated, bool) else gated
+        return config.each_level("model.gated", self.gated, self.pool_factors)
 
     @property
     def level_blocks(self) -> tuple[int, ...]:
         """`blocks_per_level`, one number a level."""
-        blocks = self.blocks_per_level
-        return (blocks,) * (len(self.pool_factors) + 1) if isinstance(blocks, int) else blocks
+        return config.each_level("model.blocks_per_level", self.blocks_per_level, self.pool_factors)
 
     def outputs(self, num_levels: int) -> int:
         """Numbers that the head gives for a sample."""

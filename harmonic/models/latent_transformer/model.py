@@ -38,7 +38,7 @@ from harmonic.kernels.dense import product
 from harmonic.models import base
 from harmonic.models.base import Inputs, Params
 from harmonic.models.costs import Costs, Gathered, Halo, count, operations
-from harmonic.models.dilated import Dilated
+from harmonic.models.dilated import Dilated, RingSampler
 from harmonic.models.dropout import Dropout
 from harmonic.models.latent_transformer.config import ModelConfig
 from harmonic.models.linear import init_linear, init_norm, layer_norm, linear, stacked
@@ -89,7 +89,7 @@ class LatentTransformer(base.Model):
         check(channels == 1, "channels", channels, "1: a latent_transformer model has one channel")
         super().__init__(config, num_levels, channels)
         self.context = config.context
-        self.local = Dilated(config.width, config.local_cycles, config.local_layers, config.skip_width)
+        self.dilated = Dilated(config.width, config.local_cycles, config.local_layers, config.skip_width)
 
     def init(self, key: jax.Array) -> Params:
         """Fresh float32 parameters; those of the Transformer's layers along a leading axis."""
@@ -118,7 +118,7 @@ class LatentTransformer(base.Model):
             "layers": stacked(layer, next(keys), c.depth),
             "norm": init_norm(c.latent_width, bias=False),
             "up": {str(i): init_linear(next(keys), b, s * a) for i, (s, a, b) in enumerate(stages)},
-            "local": self.local.init(next(keys)),
+            "local": self.dilated.init(next(keys)),
             "end": init_linear(next(keys), c.skip_width, c.skip_width),
             "head": init_linear(next(keys), c.skip_width, self.num_levels),
         }
@@ -132,7 +132,7 @@ class LatentTransformer(base.Model):
             collected=jnp.zeros((batch, self.multiple - 1), jnp.int32),
             past=self._no_past(batch, dtype),
             pending=jnp.zeros((batch, self.multiple - 1, c.width), dtype),
-            queues=self.local.init_state(batch, dtype),
+            queues=self.dilated.init_state(batch, dtype),
         )
 
     def _no_past(self, batch: int, dtype: Any) -> Past:
@@ -181,7 +181,7 @@ class LatentTransformer(base.Model):
         raw = self._up(weights, latents)
         due, pending = left_halo(raw[:, -late:], pending, axis)
         x = e + jnp.concatenate([due, raw[:, :-late]], axis=1)
-        skips, queues = self.local.apply(weights["local"], x, queues, axis)
+        skips, queues = self.dilated.apply(weights["local"], x, queues, axis)
         return self._logits(weights, skips)[:, :, None], pending, queues
 
     def _logits(self, weights: Any, skips: jax.Array) -> jax.Array:
@@ -303,7 +303,7 @@ class LatentTransformer(base.Model):
 
     def step(self, weights: Any, inputs: Inputs, state: State) -> tuple[jax.Array, State]:
         """The logits of the next sample, [batch, 1, 1, num_levels], and the state; as `base.Model.step`."""
-        if len(state.queues) != self.config.local_cycles or not isinstance(state.queues[0], tuple):
+        if not isinstance(state.queues[0], tuple):
             sampler = self.sampler()
             logits, state = self.step(weights, inputs, sampler.enter(state))
             return logits, sampler.leave(state)
@@ -326,7 +326,7 @@ class LatentTransformer(base.Model):
         collected = jax.lax.dynamic_update_index_in_dim(state.collected, newest, jnp.minimum(position, late - 1), 1)
         collected = jnp.where(complete, jnp.zeros_like(collected), collected)
         x = weights["embedding"][state.last[:, 0]] + due
-        skips, queues = self.local.step(weights["local"], x, state.queues, position)
+        skips, queues = self.dilated.step(weights["local"], x, state.queues, position)
         after = State((position + 1) % patch, state.last, collected, past, pending, queues)
         return self._logits(weights, skips)[:, None, None], after
 
@@ -345,9 +345,9 @@ class LatentTransformer(base.Model):
         logits, _ = self.apply(weights, {"tokens": tokens}, self.init_state(len(window), weights["embedding"].dtype))
         return logits[:, window.shape[1], 0]
 
-    def sampler(self) -> Sampler:
+    def sampler(self) -> RingSampler:
         """With the local layers' queues one by one."""
-        return Sampler(self)
+        return RingSampler(self)
 
     def matrix_axes(self, name: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
         """The kernels of the Transformer, the local layers and the hidden layer behind them."""
@@ -360,7 +360,8 @@ class LatentTransformer(base.Model):
         sizes = {name: count(tree) for name, tree in params.items()}
         latent = sum(sizes[name] for name in ("front", "layers", "norm", "up"))
         kept_latents = (c.depth + 8) * c.latent_width / self.multiple
-        scores = 3 * c.heads * (c.window + _QUERIES) * _QUERIES / max(1, 16_384)
+        # Scores of one block of queries are held at a time, however long a sequence is: here, of 16,384 samples.
+        scores = 3 * c.heads * (c.window + _QUERIES) * _QUERIES / 16_384
         return Costs(
             by_part={
                 "embedding": sizes["embedding"],
@@ -376,24 +377,10 @@ class LatentTransformer(base.Model):
             exchanges=(
                 Gathered("latents", 2 * c.latent_width, times=c.depth, every=self.multiple),
                 Halo("pending", (self.multiple - 1) * c.width),
-                *self.local.exchanges(),
+                *self.dilated.exchanges(),
                 Halo("token_edge", 1, differentiated=False),
             ),
         )
-
-
-class Sampler(base.Sampler):
-    """The local layers' queues as arrays of their own, which the loop changes in place."""
-
-    model: LatentTransformer
-
-    def enter(self, state: State) -> State:
-        """The state with its queues by cycle."""
-        return state._replace(queues=self.model.local.by_cycle(state.queues))
-
-    def leave(self, carry: State) -> State:
-        """Undoes `enter`."""
-        return carry._replace(queues=self.model.local.stack(carry.queues))
 
 
 def _inner(width: int) -> int:

@@ -46,9 +46,7 @@ class ModelConfig(UNetConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        levels, selective = len(self.pool_factors) + 1, self.selective
-        allowed = f"true, false, or {levels} of these (one for each level)"
-        check(isinstance(selective, bool) or len(selective) == levels, "model.selective", selective, allowed)
+        _ = self.level_selective  # refuses another number of levels
         for name in ("state_width", "fixed_state_width"):
             value = getattr(self, name)
             check(value >= 2 and value % 2 == 0, f"model.{name}", value, "an even number from 2 on")
@@ -59,8 +57,7 @@ class ModelConfig(UNetConfig):
     @property
     def level_selective(self) -> tuple[bool, ...]:
         """`selective`, one a level."""
-        one = self.selective
-        return (one,) * (len(self.pool_factors) + 1) if isinstance(one, bool) else one
+        return config.each_level("model.selective", self.selective, self.pool_factors)
 
     @property
     def multiple(self) -> int:

@@ -19,7 +19,7 @@ from harmonic.kernels.context_parallel import left_halo
 from harmonic.models import base
 from harmonic.models.base import Inputs, Params
 from harmonic.models.costs import Costs, Halo, count, operations
-from harmonic.models.dilated import Dilated
+from harmonic.models.dilated import Dilated, RingSampler
 from harmonic.models.dropout import Dropout
 from harmonic.models.linear import init_linear, linear
 from harmonic.models.wavenet.config import ModelConfig
@@ -87,7 +87,7 @@ class WaveNet(base.Model):
 
     def step(self, weights: Any, inputs: Inputs, state: State) -> tuple[jax.Array, State]:
         """The logits of the next sample, [batch, 1, 1, num_levels], and the state; as `base.Model.step`."""
-        if len(state.queues) != self.config.cycles or not isinstance(state.queues[0], tuple):
+        if not isinstance(state.queues[0], tuple):
             sampler = self.sampler()
             logits, state = self.step(weights, inputs, sampler.enter(state))
             return logits, sampler.leave(state)
@@ -104,9 +104,9 @@ class WaveNet(base.Model):
         x = linear(weights["end"], jax.nn.relu(skips))
         return linear(weights["decoder"], linear(weights["output"], jax.nn.relu(x)))
 
-    def sampler(self) -> Sampler:
+    def sampler(self) -> RingSampler:
         """With the queues one by one."""
-        return Sampler(self)
+        return RingSampler(self)
 
     def matrix_axes(self, name: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
         """The kernels of the layers and of the hidden layer behind them."""
@@ -130,20 +130,6 @@ class WaveNet(base.Model):
             kept=c.cycles * (c.width + c.skip_width) + c.layers * 8 * c.width + 2 * c.skip_width,
             exchanges=(*self.dilated.exchanges(), Halo("token_edge", 1, differentiated=False)),
         )
-
-
-class Sampler(base.Sampler):
-    """The queues of each cycle and layer as arrays of their own, which the loop changes in place."""
-
-    model: WaveNet
-
-    def enter(self, state: State) -> State:
-        """The state with its queues by cycle."""
-        return state._replace(queues=self.model.dilated.by_cycle(state.queues))
-
-    def leave(self, carry: State) -> State:
-        """Undoes `enter`."""
-        return carry._replace(queues=self.model.dilated.stack(carry.queues))
 
 
 make = WaveNet
