@@ -133,7 +133,7 @@ def _memory(config: Config) -> dict[str, int]:
         "weights": 2 * weights,
         "optimizer": 2 * weights,
         "batch": rows * segments * length // config.mesh.seq * (1 if config.data.num_levels <= 256 else 2),
-        "gradients": round((4.1 + 1.9 * (segments > 1) + (train.accumulate > 1)) * weights),
+        "gradients": round((4.1 + 1.9 * (segments > 1) + (train.accumulate > 1)) * weights) + 4 * found.tables * NUMBER,
         "activations": round(found.kept * NUMBER * at_once),
         "states": (segments > 1) * segments * model.state_bytes(rows // train.accumulate),
     }

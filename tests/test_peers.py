@@ -10,8 +10,9 @@ import pytest
 
 from harmonic import models
 from harmonic.config import load_config, override
-from harmonic.describe import parameters
+from harmonic.describe import memory, parameters
 from harmonic.errors import UserError
+from harmonic.mesh import make_mesh
 from harmonic.models.latent_transformer.config import ModelConfig as Latent
 from harmonic.models.mamba.config import ModelConfig as Mamba
 from harmonic.models.samplernn.config import ModelConfig as SampleRNN
@@ -19,6 +20,7 @@ from harmonic.models.sashimi.config import MUSIC, VARIANTS
 from harmonic.models.sashimi.config import ModelConfig as SaShiMi
 from harmonic.models.sashimi.released import from_released, to_released
 from harmonic.models.wavenet.config import ModelConfig as WaveNet
+from harmonic.step import make_train_step, step_shapes
 
 PEERS = ("wavenet", "sashimi", "mamba", "samplernn", "latent_transformer")
 
@@ -195,3 +197,18 @@ def test_samplernns_units_are_the_published_ones():
     found, found_last = model._gru(params, jnp.asarray(x), jnp.asarray(h))
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found_last, last.numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("segment_length", [0, 4_096])
+@pytest.mark.parametrize("kind", PEERS)
+def test_memory_is_that_of_the_compiled_step(kind, segment_length):
+    """`describe`'s prediction, to within 30 %."""
+    from configs.ablations.models import reduced, small
+
+    assignments = ["data.window_length=16384", "data.crop_length=0", f"train.segment_length={segment_length}"]
+    config = override(small("sc09", reduced()[kind], "small"), assignments)
+    model, mesh = models.make(config.model), make_mesh(config.mesh)
+    step = make_train_step(model, config, mesh).lower(*step_shapes(model, config, mesh)).compile()
+    held = step.memory_analysis()
+    assert memory(config)["total"] == pytest.approx(held.temp_size_in_bytes + held.argument_size_in_bytes, rel=0.3)

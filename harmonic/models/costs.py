@@ -114,6 +114,7 @@ class Costs:
       weights_read: numbers that are read of the weights for one generated sample; all streams share them.
       kept: numbers a sample that a training step holds at its largest, besides weights and tokens.
       exchanges: what shards of a sequence send one another.
+      tables: numbers that `Model.prepare` makes besides weights, once a step, whatever the length of a window.
     """
 
     by_part: dict[str, int]
@@ -122,6 +123,7 @@ class Costs:
     weights_read: float
     kept: float
     exchanges: tuple[Exchange, ...]
+    tables: int = 0
 
 
 def rounded(counts: Mapping[str, float]) -> dict[str, int]:

@@ -288,6 +288,7 @@ class UNet(base.Model):
     def costs(self, segments: int = 1) -> Costs:
         """As `base.Model.costs`; operations are counted in the traced program."""
         config, params = self.config, jax.eval_shape(self.init, jax.random.key(0))
+        weights = jax.eval_shape(self.prepare, params)
         rates = [1 / math.prod(config.pool_factors[:level]) for level in range(len(config.level_widths))]
         read, kept, in_a_block = float(count(params["head"]) + config.width), float(config.width), 0.0
         exchanges: list[Exchange] = []
@@ -314,8 +315,9 @@ class UNet(base.Model):
             blocks=sum(blocks for _, _, blocks in self.stacks.values()),
             operations=operations(self, segments),
             weights_read=read,
-            kept=kept + max(in_a_block, 3 * self.num_levels + 4 * config.width),
+            kept=kept + max(in_a_block, 5.5 * self.num_levels + 4 * config.width),
             exchanges=(*exchanges, Halo("token_edge", 1, differentiated=False)),
+            tables=sum(count(layer.get("tables", ())) for name in self.stacks for layer in weights[name].values()),
         )
 
     @abc.abstractmethod

@@ -44,8 +44,8 @@ class MambaNet(UNet):
         return jax.tree_util.tree_map_with_path(group, params), groups
 
     def kept_in_a_block(self, width: int) -> float:
-        """Some arrays of the inner width; the states of a chunk are few."""
-        return (2 + 9 * self.config.inner) * width + 4 * self.config.state_width
+        """Arrays of the inner width and their gradients, read from compiled programs; the states of a chunk are few."""
+        return (2 + 56 * self.config.inner) * width + 4 * self.config.state_width
 
 
 make = MambaNet

@@ -127,7 +127,7 @@ class WaveNet(base.Model):
             blocks=layers,
             operations=operations(self, segments),
             weights_read=sum(sizes.values()) - sizes["embedding"] - sizes["entry"] + c.width,
-            kept=c.cycles * (c.width + c.skip_width) + c.layers * 8 * c.width + 2 * c.skip_width,
+            kept=c.cycles * (c.width + c.skip_width) + c.layers * 5.5 * c.width + 2 * c.skip_width,
             exchanges=(*self.dilated.exchanges(), Halo("token_edge", 1, differentiated=False)),
         )
 
