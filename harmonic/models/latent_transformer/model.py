@@ -363,6 +363,7 @@ class LatentTransformer(base.Model):
         # Scores of one block of queries are held at a time, however long a sequence is: here, of 16,384 samples.
         scores = 3 * c.heads * (c.window + _QUERIES) * _QUERIES / 16_384
         kept = c.local_cycles * (c.width + c.skip_width) + c.local_layers * 8 * c.width + kept_latents + scores
+        kept *= 1 if segments > 1 else 1.65  # XLA makes no loop of one segment, and holds both passes at once
         return Costs(
             by_part={
                 "embedding": sizes["embedding"],
@@ -374,9 +375,7 @@ class LatentTransformer(base.Model):
             blocks=c.depth + c.local_cycles * c.local_layers,
             operations=operations(self, segments),
             weights_read=latent / self.multiple + sizes["local"] + sizes["end"] + sizes["head"] + c.width,
-            kept=kept
-            if segments > 1
-            else 1.65 * kept,  # one segment is no loop to XLA, which holds both passes at once
+            kept=kept,
             exchanges=(
                 Gathered("latents", 2 * c.latent_width, times=c.depth, every=self.multiple),
                 Halo("pending", (self.multiple - 1) * c.width),
